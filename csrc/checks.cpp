@@ -1,0 +1,193 @@
+#include "checks.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+
+#include "support.h"
+#include "text.h"
+
+namespace hisa {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return c10::toString(dtype);
+  }
+}
+
+// "[4, 64] bfloat16"
+std::string describe(const Tensor& tensor) {
+  return join(list(tensor.sizes()), " ", dtype_name(tensor.scalar_type()));
+}
+
+bool is_element_type(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Float8_e4m3fn;
+}
+
+// One expectation: `name: expected SHAPE DTYPE, got [..] dtype`. Sizes of -1 are free.
+struct Expected {
+  const char* name;
+  const char* shape;  // as SPEC.md writes it: "[M, H, D]"
+  ScalarType dtype;
+  std::vector<int64_t> sizes;
+
+  std::string message(const Tensor& got) const {
+    std::string known;  // the sizes that are not free
+    for (const int64_t size : sizes)
+      known += join(known.empty() ? "" : ", ", size < 0 ? "*" : std::to_string(size));
+    const bool any = std::any_of(sizes.begin(), sizes.end(), [](int64_t n) { return n >= 0; });
+    return join(name, ": expected ", shape, any ? join(" = [", known, "]") : "", " ",
+                dtype_name(dtype), ", got ", describe(got));
+  }
+
+  void check(const Tensor& got, const Tensor& k) const {
+    TORCH_CHECK_TYPE(got.scalar_type() == dtype, message(got));
+    bool same = got.dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; same && i < sizes.size(); ++i)
+      same = sizes[i] < 0 || got.sizes()[i] == sizes[i];
+    TORCH_CHECK_VALUE(same, message(got));
+    TORCH_CHECK_VALUE(got.device() == k.device(),
+                      join(name, ": expected a tensor on ", k.device().str(),
+                           " as k is, got one on ", got.device().str()));
+    TORCH_CHECK_VALUE(got.layout() == at::kStrided,
+                      join(name, ": expected a strided tensor, got a sparse one"));
+  }
+
+  void check(const OptionalTensor& got, const Tensor& k) const {
+    if (got.has_value()) check(*got, k);
+  }
+};
+
+void check_keys(const Tensor& k, const OptionalTensor& k_scale) {
+  TORCH_CHECK_TYPE(is_element_type(k.scalar_type()),
+                   join("k: expected [N, D] ", support::kElementTypes, ", got ", describe(k)));
+  TORCH_CHECK_VALUE(k.dim() == 2, join("k: expected [N, D], got ", describe(k)));
+  TORCH_CHECK_VALUE(k.layout() == at::kStrided, "k: expected a strided tensor, got a sparse one");
+  check_sizes(1, k.size(1), k.size(0));
+  Expected{"k_scale", "[N]", ScalarType::Float, {k.size(0)}}.check(k_scale, k);
+}
+
+void check_queries(const Tensor& q, const Tensor& k, const Tensor& weights) {
+  Expected{"q", "[M, H, D]", k.scalar_type(), {-1, -1, k.size(1)}}.check(q, k);
+  check_sizes(q.size(1), k.size(1), k.size(0));
+  Expected{"weights", "[M, H]", ScalarType::Float, {q.size(0), q.size(1)}}.check(weights, k);
+}
+
+void check_windows(const Tensor& q, const Tensor& k, const OptionalTensor& ks,
+                   const OptionalTensor& ke) {
+  Expected{"ks", "[M]", ScalarType::Int, {q.size(0)}}.check(ks, k);
+  Expected{"ke", "[M]", ScalarType::Int, {q.size(0)}}.check(ke, k);
+}
+
+void check_segments(const OptionalTensor& cu_seqlens_k, const Tensor& k) {
+  Expected{"cu_seqlens_k", "[S + 1]", ScalarType::Int, {-1}}.check(cu_seqlens_k, k);
+  TORCH_CHECK_VALUE(!cu_seqlens_k.has_value() || cu_seqlens_k->numel() > 0,
+                    "cu_seqlens_k: expected [S + 1] int32, got an empty tensor");
+}
+
+void check_block_size(int64_t block_size) {
+  const auto& sizes = support::kBlockSizes;
+  TORCH_CHECK_VALUE(std::find(sizes.begin(), sizes.end(), block_size) != sizes.end(),
+                    join("block_size: expected one of ", list(sizes), ", got ", block_size));
+}
+
+}  // namespace
+
+void check_sizes(int64_t heads, int64_t dim, int64_t keys) {
+  TORCH_CHECK_VALUE(heads >= 1 && heads <= support::kMaxHeads,
+                    join("q: expected 1 to ", support::kMaxHeads, " heads (H), got ", heads));
+  TORCH_CHECK_VALUE(
+      dim >= support::kDimStep && dim <= support::kMaxDim && dim % support::kDimStep == 0,
+      join("k: expected D to be a multiple of ", support::kDimStep, " from ", support::kDimStep,
+           " to ", support::kMaxDim, ", got ", dim));
+  TORCH_CHECK_VALUE(keys >= 0 && keys <= support::kMaxKeys,
+                    join("k: expected at most ", support::kMaxKeys, " keys (N), got ", keys));
+}
+
+void check_topk(int64_t topk) {
+  TORCH_CHECK_VALUE(topk >= 1, join("topk: expected at least 1, got ", topk));
+  TORCH_CHECK_VALUE(topk <= support::kMaxKeys,
+                    join("topk: expected at most ", support::kMaxKeys, ", got ", topk));
+}
+
+void check_block_sizes(int64_t block_size, int64_t block_topk, int64_t topk) {
+  check_block_size(block_size);
+  TORCH_CHECK_VALUE(block_topk >= support::kMinBlockTopk,
+                    join("block_topk: expected at least ", support::kMinBlockTopk,
+                         " (the first and the last block are always kept), got ", block_topk));
+  check_topk(topk);
+  // Divided rather than multiplied: block_topk may be anything.
+  TORCH_CHECK_VALUE((topk - 1) / block_size < block_topk,
+                    join("topk: expected at most block_topk * block_size = ", block_topk, " * ",
+                         block_size, ", got ", topk));
+}
+
+void check(const PoolArguments& a) {
+  check_keys(a.k, a.k_scale);
+  check_segments(a.cu_seqlens_k, a.k);
+  check_block_size(a.block_size);
+  parse_pooling(a.pooling);
+}
+
+void check(const IndexArguments& a) {
+  check_keys(a.k, a.k_scale);
+  check_queries(a.q, a.k, a.weights);
+  check_windows(a.q, a.k, a.ks, a.ke);
+  check_segments(a.cu_seqlens_k, a.k);
+  check_block_sizes(a.block_size, a.block_topk, a.topk);
+  parse_pooling(a.pooling);
+  TORCH_CHECK_VALUE(a.pooled_k.has_value() == a.pooled_scale.has_value(),
+                    join("pooled: expected both pooled_k and pooled_scale or neither, got only ",
+                         a.pooled_k.has_value() ? "pooled_k" : "pooled_scale"));
+  const int64_t slots = (a.k.size(0) + a.block_size - 1) / a.block_size;
+  Expected{"pooled_k", "[ceil(N / block_size), D]", a.k.scalar_type(), {slots, a.k.size(1)}}.check(
+      a.pooled_k, a.k);
+  Expected{"pooled_scale", "[ceil(N / block_size)]", ScalarType::Float, {slots}}.check(
+      a.pooled_scale, a.k);
+}
+
+void check(const FlatArguments& a) {
+  check_keys(a.k, a.k_scale);
+  check_queries(a.q, a.k, a.weights);
+  check_windows(a.q, a.k, a.ks, a.ke);
+  check_topk(a.topk);
+}
+
+ElementType element_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return ElementType::kFloat32;
+    case ScalarType::BFloat16: return ElementType::kBFloat16;
+    case ScalarType::Half: return ElementType::kFloat16;
+    case ScalarType::Float8_e4m3fn: return ElementType::kFloat8E4M3;
+    default:
+      TORCH_CHECK_TYPE(false,
+                       join("expected ", support::kElementTypes, ", got ", dtype_name(dtype)));
+  }
+}
+
+Pooling parse_pooling(std::string_view name) {
+  if (name == "mean") return Pooling::kMean;
+  if (name == "max") return Pooling::kMax;
+  TORCH_CHECK_VALUE(false, join("pooling: expected ", support::kPoolings, ", got \"", name, "\""));
+}
+
+}  // namespace hisa

@@ -1,0 +1,60 @@
+// Every check of an argument, once, for every device. Each failure names the argument, what was
+// expected and what came: TypeError for a dtype, ValueError for all else.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "params.h"
+
+namespace hisa {
+
+struct PoolArguments {
+  const at::Tensor& k;
+  const std::optional<at::Tensor>& k_scale;
+  const std::optional<at::Tensor>& cu_seqlens_k;
+  int64_t block_size;
+  std::string_view pooling;
+};
+
+struct IndexArguments {
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& weights;
+  const std::optional<at::Tensor>& k_scale;
+  const std::optional<at::Tensor>& ks;
+  const std::optional<at::Tensor>& ke;
+  const std::optional<at::Tensor>& cu_seqlens_k;
+  const std::optional<at::Tensor>& pooled_k;
+  const std::optional<at::Tensor>& pooled_scale;
+  int64_t block_size;
+  int64_t block_topk;
+  int64_t topk;
+  std::string_view pooling;
+};
+
+struct FlatArguments {
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& weights;
+  const std::optional<at::Tensor>& k_scale;
+  const std::optional<at::Tensor>& ks;
+  const std::optional<at::Tensor>& ke;
+  int64_t topk;
+};
+
+void check(const PoolArguments& arguments);
+void check(const IndexArguments& arguments);
+void check(const FlatArguments& arguments);
+
+// Sizes alone, for the planner.
+void check_sizes(int64_t heads, int64_t dim, int64_t keys);
+void check_topk(int64_t topk);
+void check_block_sizes(int64_t block_size, int64_t block_topk, int64_t topk);
+
+ElementType element_type(at::ScalarType dtype);  // of a checked tensor
+Pooling parse_pooling(std::string_view name);    // ValueError if unknown
+
+}  // namespace hisa

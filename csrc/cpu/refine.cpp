@@ -1,0 +1,67 @@
+// Stage `refine`: score the tokens of the kept blocks exactly as flat does, keep the best topk.
+//
+// The group's rows walk through the union of their blocks together, so that a block which several
+// of them keep is read once.
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "stages.h"
+
+namespace hisa::cpu {
+namespace {
+
+// The part of the block at `start` that lies in the row's window.
+Span in_window(const Row& row, int64_t start, int64_t block_size) {
+  return {std::max(start, row.start), std::min(start + block_size, row.end), row.start};
+}
+
+// True if the row's candidates all fit in the output: then nothing has to be scored.
+bool take_all(const IndexParams& params, Group& group, int64_t i) {
+  if (params.output.scores != nullptr) return false;
+  int64_t candidates = 0;
+  for (int64_t j = 0; j < group.block_count(i); ++j) {
+    const Span span = in_window(group.row(i), group.blocks(i)[j], params.block_size);
+    candidates += span.end - span.begin;
+  }
+  if (candidates > params.output.topk) return false;
+  for (int64_t j = 0; j < group.block_count(i); ++j) {
+    const Span span = in_window(group.row(i), group.blocks(i)[j], params.block_size);
+    group.selector(i).take(span.end - span.begin, span.begin - span.first);
+  }
+  return true;
+}
+
+}  // namespace
+
+void refine(const IndexParams& params, Group& group) {
+  constexpr int64_t kDone = std::numeric_limits<int64_t>::max();
+  std::array<int64_t, kGroupRows> cursor{};  // next block of each row
+  for (int64_t i = 0; i < group.count(); ++i) {
+    group.select(i, params.output.topk);
+    if (take_all(params, group, i)) cursor[static_cast<size_t>(i)] = group.block_count(i);
+  }
+  const auto next_block = [&](int64_t i) {
+    const int64_t j = cursor[static_cast<size_t>(i)];
+    return j < group.block_count(i) ? group.blocks(i)[j] : kDone;
+  };
+
+  while (true) {
+    int64_t start = kDone;
+    for (int64_t i = 0; i < group.count(); ++i) start = std::min(start, next_block(i));
+    if (start == kDone) break;
+    Spans spans{};
+    int64_t end = 0;
+    for (int64_t i = 0; i < group.count(); ++i) {
+      if (next_block(i) != start) continue;
+      const Span span = in_window(group.row(i), start, params.block_size);
+      spans[static_cast<size_t>(i)] = span;
+      end = std::max(end, span.end);
+      ++cursor[static_cast<size_t>(i)];
+    }
+    for (int64_t tile = start; tile < end; tile += kTileKeys)
+      group.scan_tile(params.keys, tile, std::min(tile + kTileKeys, end), spans);
+  }
+}
+
+}  // namespace hisa::cpu

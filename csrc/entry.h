@@ -1,0 +1,184 @@
+// The operators, once for every device: check, guard, sizes, allocate, fill params, run.
+//
+// `Device` is where they run. It is made from k, which sets the current device, and provides
+//   kAlignment                       of rows and their distances, in bytes
+//   pool(params), index(params, shape), flat(params, shape)
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "plan.h"
+
+namespace hisa {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
+
+// Rows may lie apart or on top of each other; their elements must be adjacent, and every row must
+// begin at a multiple of `alignment` bytes.
+inline Tensor adjacent(const Tensor& tensor, int64_t alignment) {
+  bool suits = tensor.stride(-1) == 1 &&
+               reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
+    suits = suits && tensor.stride(d) * tensor.element_size() % alignment == 0;
+  return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+template <class T>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+inline Keys make_keys(const Tensor& k, const OptionalTensor& scale) {
+  return {.data = k.const_data_ptr(),
+          .scale = data_or_null<float>(scale),
+          .count = k.size(0),
+          .stride = k.stride(0),
+          .dim = k.size(1),
+          .type = element_type(k.scalar_type())};
+}
+
+inline Queries make_queries(const Tensor& q, const Tensor& weights) {
+  return {.data = q.const_data_ptr(),
+          .weights = weights.const_data_ptr<float>(),
+          .rows = q.size(0),
+          .heads = q.size(1),
+          .row_stride = q.stride(0),
+          .head_stride = q.stride(1),
+          .weights_stride = weights.stride(0)};
+}
+
+inline Windows make_windows(const OptionalTensor& ks, const OptionalTensor& ke,
+                            const OptionalTensor& cu_seqlens) {
+  return {.start = data_or_null<int32_t>(ks),
+          .end = data_or_null<int32_t>(ke),
+          .cu_seqlens = data_or_null<int32_t>(cu_seqlens),
+          .segments = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : 0};
+}
+
+// Indices, and scores that have no rows unless they are wanted.
+inline TwoTensors make_output(const Tensor& q, int64_t topk, bool return_scores) {
+  return {at::empty({q.size(0), topk}, q.options().dtype(at::kInt)),
+          at::empty({return_scores ? q.size(0) : 0, topk}, q.options().dtype(at::kFloat))};
+}
+
+inline Output output_params(TwoTensors& output, bool return_scores) {
+  auto& [indices, scores] = output;
+  return {.indices = indices.mutable_data_ptr<int32_t>(),
+          .scores = return_scores ? scores.mutable_data_ptr<float>() : nullptr,
+          .topk = indices.size(1)};
+}
+
+// Pool keys that have been checked and made adjacent.
+template <class Device>
+TwoTensors pool_checked(Device& device, const Tensor& k, const OptionalTensor& k_scale,
+                        const OptionalTensor& cu_seqlens, int64_t block_size, Pooling pooling) {
+  const int64_t slots = (k.size(0) + block_size - 1) / block_size;
+  TwoTensors pooled{at::empty({slots, k.size(1)}, k.options()),
+                    at::empty({slots}, k.options().dtype(at::kFloat))};
+  device.pool({.keys = make_keys(k, k_scale),
+               .windows = make_windows({}, {}, cu_seqlens),
+               .pooled = std::get<0>(pooled).mutable_data_ptr(),
+               .pooled_scale = std::get<1>(pooled).template mutable_data_ptr<float>(),
+               .slots = slots,
+               .block_size = block_size,
+               .pooling = pooling});
+  return pooled;
+}
+
+template <class Device>
+TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
+                     const OptionalTensor& cu_seqlens_k, int64_t block_size,
+                     std::string_view pooling) {
+  check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Device device(k);
+  return pool_checked(device, adjacent(k, Device::kAlignment), contiguous(k_scale),
+                      contiguous(cu_seqlens_k), block_size, parse_pooling(pooling));
+}
+
+template <class Device>
+TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
+                 const OptionalTensor& k_scale, const OptionalTensor& ks, const OptionalTensor& ke,
+                 const OptionalTensor& cu_seqlens_k, const OptionalTensor& pooled_k,
+                 const OptionalTensor& pooled_scale, int64_t block_size, int64_t block_topk,
+                 int64_t topk, std::string_view pooling, bool return_scores) {
+  check(IndexArguments{q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled_k, pooled_scale,
+                       block_size, block_topk, topk, pooling});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Device device(k);
+
+  const Tensor queries = adjacent(q, Device::kAlignment);
+  const Tensor keys = adjacent(k, Device::kAlignment);
+  const Tensor head_weights = adjacent(weights, sizeof(float));
+  const OptionalTensor scale = contiguous(k_scale);
+  const OptionalTensor segments = contiguous(cu_seqlens_k);
+  const OptionalTensor start = contiguous(ks);
+  const OptionalTensor end = contiguous(ke);
+  const TwoTensors pooled =
+      pooled_k.has_value()
+          ? TwoTensors{adjacent(*pooled_k, Device::kAlignment), pooled_scale->contiguous()}
+          : pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
+
+  TwoTensors output = make_output(q, topk, return_scores);
+  device.index({.queries = make_queries(queries, head_weights),
+                .keys = make_keys(keys, scale),
+                .pooled = make_keys(std::get<0>(pooled), std::get<1>(pooled)),
+                .windows = make_windows(start, end, segments),
+                .output = output_params(output, return_scores),
+                .block_size = block_size,
+                .block_topk = block_topk},
+               {.rows = q.size(0),
+                .keys = k.size(0),
+                .heads = q.size(1),
+                .dim = q.size(2),
+                .type = element_type(k.scalar_type()),
+                .topk = topk,
+                .block_size = block_size,
+                .block_topk = block_topk,
+                .pooled = pooled_k.has_value()});
+  return output;
+}
+
+template <class Device>
+TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
+                      const OptionalTensor& k_scale, const OptionalTensor& ks,
+                      const OptionalTensor& ke, int64_t topk, bool return_scores) {
+  check(FlatArguments{q, k, weights, k_scale, ks, ke, topk});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Device device(k);
+
+  const Tensor queries = adjacent(q, Device::kAlignment);
+  const Tensor keys = adjacent(k, Device::kAlignment);
+  const Tensor head_weights = adjacent(weights, sizeof(float));
+  const OptionalTensor scale = contiguous(k_scale);
+  const OptionalTensor start = contiguous(ks);
+  const OptionalTensor end = contiguous(ke);
+
+  TwoTensors output = make_output(q, topk, return_scores);
+  device.flat({.queries = make_queries(queries, head_weights),
+               .keys = make_keys(keys, scale),
+               .windows = make_windows(start, end, {}),
+               .output = output_params(output, return_scores)},
+              {.rows = q.size(0),
+               .keys = k.size(0),
+               .heads = q.size(1),
+               .dim = q.size(2),
+               .type = element_type(k.scalar_type()),
+               .topk = topk,
+               .block_size = 0,
+               .block_topk = 0,
+               .pooled = false});
+  return output;
+}
+
+}  // namespace hisa

@@ -1,0 +1,25 @@
+// The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(hisa, m) {
+  m.def(
+      "pool_keys(Tensor k, *, Tensor? k_scale=None, Tensor? cu_seqlens_k=None,"
+      " SymInt block_size=128, str pooling=\"mean\") -> (Tensor pooled_k, Tensor pooled_scale)");
+  m.def(
+      "index(Tensor q, Tensor k, Tensor weights, *, Tensor? k_scale=None,"
+      " Tensor? ks=None, Tensor? ke=None, Tensor? cu_seqlens_k=None,"
+      " Tensor? pooled_k=None, Tensor? pooled_scale=None,"
+      " SymInt block_size=128, SymInt block_topk=64, SymInt topk=2048, str pooling=\"mean\","
+      " bool return_scores=False) -> (Tensor indices, Tensor scores)");
+  m.def(
+      "flat_index(Tensor q, Tensor k, Tensor weights, *, Tensor? k_scale=None,"
+      " Tensor? ks=None, Tensor? ke=None, SymInt topk=2048,"
+      " bool return_scores=False) -> (Tensor indices, Tensor scores)");
+}
+
+// Selection has no gradient: outputs of every operator are constants to autograd.
+TORCH_LIBRARY_IMPL(hisa, Autograd, m) {
+  m.impl("pool_keys", torch::CppFunction::makeFallthrough());
+  m.impl("index", torch::CppFunction::makeFallthrough());
+  m.impl("flat_index", torch::CppFunction::makeFallthrough());
+}

@@ -1,0 +1,86 @@
+// Plain structs that carry one call's tensors to the kernels. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HISA_HOST_DEVICE __host__ __device__
+#else
+#define HISA_HOST_DEVICE
+#endif
+
+namespace hisa {
+
+enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
+enum class Pooling { kMean, kMax };
+
+HISA_HOST_DEVICE constexpr int64_t element_size(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat32: return 4;
+    case ElementType::kBFloat16: return 2;
+    case ElementType::kFloat16: return 2;
+    case ElementType::kFloat8E4M3: return 1;
+  }
+  return 0;
+}
+
+// Keys to score: the tokens' own (refine, flat) or one per block (coarse).
+struct Keys {
+  const void* data;    // [count, dim] of `type`, rows `stride` elements apart
+  const float* scale;  // [count] fp32, may be null: all 1
+  int64_t count;
+  int64_t stride;
+  int64_t dim;
+  ElementType type;
+};
+
+struct Queries {
+  const void* data;      // [rows, heads, dim] of the keys' type
+  const float* weights;  // [rows, heads] fp32
+  int64_t rows;
+  int64_t heads;
+  int64_t row_stride, head_stride, weights_stride;  // in elements
+};
+
+// Which tokens a row may select. Data, so never trusted: see find_row().
+struct Windows {
+  const int32_t* start;       // [rows], may be null: 0
+  const int32_t* end;         // [rows], may be null: number of keys
+  const int32_t* cu_seqlens;  // [segments + 1], may be null: one segment, all keys
+  int64_t segments;
+};
+
+struct Output {
+  int32_t* indices;  // [rows, topk], relative to the window's start, ascending, then -1
+  float* scores;     // [rows, topk] fp32, may be null
+  int64_t topk;
+};
+
+struct PoolParams {
+  Keys keys;
+  Windows windows;      // cu_seqlens and segments only
+  void* pooled;         // [slots, dim] of the keys' type
+  float* pooled_scale;  // [slots] fp32
+  int64_t slots;        // ceil(keys.count / block_size)
+  int64_t block_size;
+  Pooling pooling;
+};
+
+struct IndexParams {
+  Queries queries;
+  Keys keys;
+  Keys pooled;  // slot i: the complete block that holds token i * block_size
+  Windows windows;
+  Output output;
+  int64_t block_size;
+  int64_t block_topk;
+};
+
+struct FlatParams {
+  Queries queries;
+  Keys keys;
+  Windows windows;  // no segments
+  Output output;
+};
+
+}  // namespace hisa

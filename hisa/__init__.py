@@ -1,0 +1,55 @@
+"""HISA: hierarchical indexing for DeepSeek Sparse Attention.
+
+`hisa.index` selects, for every query, the tokens that sparse attention then looks at: first blocks,
+by one pooled key each, then tokens inside the kept blocks, exactly. `hisa.patch` drops it into a
+Hugging Face model. The method: arXiv 2603.28458. The definition: `hisa.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import _extension, reference
+from ._version import __version__
+from .checking import check
+from .ops import flat_index, index, pool_keys
+from .planning import Plan, plan
+from .quantize import quantize_fp8
+from .windows import causal_windows
+
+if TYPE_CHECKING:
+    from .hf import PatchHandle, patch
+
+__all__ = [
+    "PatchHandle",
+    "Plan",
+    "__version__",
+    "build_info",
+    "causal_windows",
+    "check",
+    "flat_index",
+    "index",
+    "patch",
+    "plan",
+    "pool_keys",
+    "quantize_fp8",
+    "reference",
+]
+
+
+def build_info() -> dict[str, object]:
+    """Say what the compiled extension is: compiler, torch, CUDA or not, CPU kernels, limits.
+
+    Raises:
+        RuntimeError: the extension is not built; says what to run.
+    """
+    return dict(_extension.require().build_info())
+
+
+def __getattr__(name: str) -> object:
+    """Import the Hugging Face patch when it is first asked for."""
+    if name in ("patch", "PatchHandle"):
+        from . import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module 'hisa' has no attribute {name!r}")

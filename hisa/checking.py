@@ -1,0 +1,123 @@
+"""Looks at what the operators must not look at: windows, segments and scales, which are data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+
+def check_types(expected: type | tuple[type, ...], **arguments: object) -> None:
+    """Raise TypeError for the first argument that is not an instance of `expected`."""
+    for name, value in arguments.items():
+        if not isinstance(value, expected) or isinstance(value, bool):
+            wanted = expected[0] if isinstance(expected, tuple) else expected
+            raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    ks: Tensor | None = None,
+    ke: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
+    block_size: int = 128,
+    block_topk: int = 64,
+    topk: int = 2048,
+    pooling: str = "mean",
+    return_scores: bool = False,
+) -> None:
+    """Check the arguments of `hisa.index`, with the values of its windows, segments and scales.
+
+    `index` takes these values as they are (it clamps windows and never waits for a device to see
+    them). This function reads them, which synchronises with the device. With the environment
+    variable HISA_CHECK=1 every call outside of `torch.compile` does it first.
+
+    Args: those of `hisa.index`.
+
+    Raises:
+        TypeError, ValueError: what `index` would raise.
+        ValueError: a window leaves [0, N], ends before it starts, or crosses a segment's end; the
+            segments do not ascend from 0 to N; a scale is negative. The message names the first row
+            (or segment, or token) at fault.
+    """
+    pooled_k, pooled_scale = (None, None) if pooled is None else pooled
+    _extension.require().check_index(
+        q,
+        k,
+        weights,
+        k_scale,
+        ks,
+        ke,
+        cu_seqlens_k,
+        pooled_k,
+        pooled_scale,
+        block_size,
+        block_topk,
+        topk,
+        pooling,
+    )
+    check_values(k, k_scale, ks, ke, cu_seqlens_k)
+
+
+def check_values(
+    k: Tensor,
+    k_scale: Tensor | None,
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
+    """Raise ValueError for the first negative scale, bad segment or bad window."""
+    if k_scale is not None and (token := _first(k_scale < 0)) is not None:
+        got = float(k_scale[token])
+        raise ValueError(f"k_scale: expected at least 0, got {got} at token {token}")
+    n = k.shape[0]
+    if cu_seqlens_k is not None:
+        _check_segments(cu_seqlens_k, n)
+    if ks is None and ke is None and cu_seqlens_k is None:
+        return
+    given = next((t for t in (ks, ke) if t is not None), None)
+    rows = 1 if given is None else given.shape[0]
+    start = torch.zeros(rows, dtype=torch.int64, device=k.device) if ks is None else ks.long()
+    end = torch.full_like(start, n) if ke is None else ke.long()
+
+    if (row := _first((start < 0) | (end > n) | (end < start))) is not None:
+        raise ValueError(
+            f"ks, ke: expected 0 <= ks <= ke <= N = {n}, "
+            f"got [{int(start[row])}, {int(end[row])}) in row {row}"
+        )
+    if cu_seqlens_k is None:
+        return
+    edges = cu_seqlens_k.long()
+    limit = edges[torch.searchsorted(edges, start, right=True).clamp(max=len(edges) - 1)]
+    if (row := _first((end > limit) & (end > start))) is not None:
+        raise ValueError(
+            f"ks, ke: expected a window inside one segment of cu_seqlens_k, got "
+            f"[{int(start[row])}, {int(end[row])}) in row {row}, whose segment ends at "
+            f"{int(limit[row])}"
+        )
+
+
+def _check_segments(cu_seqlens_k: Tensor, n: int) -> None:
+    edges = cu_seqlens_k.long()
+    if int(edges[0]) != 0 or int(edges[-1]) != n:
+        raise ValueError(
+            f"cu_seqlens_k: expected the first entry to be 0 and the last N = {n}, "
+            f"got {int(edges[0])} and {int(edges[-1])}"
+        )
+    if (segment := _first(edges[1:] < edges[:-1])) is not None:
+        raise ValueError(
+            f"cu_seqlens_k: expected ascending entries, got {int(edges[segment])} then "
+            f"{int(edges[segment + 1])} at segment {segment}"
+        )
+
+
+def _first(wrong: Tensor) -> int | None:
+    """Return the position of the first True, None if there is none."""
+    found = wrong.nonzero()
+    return int(found[0]) if len(found) else None

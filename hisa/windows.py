@@ -1,0 +1,50 @@
+"""Windows: which tokens each query may select."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checking import check_types
+
+
+def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows of causal attention over packed sequences.
+
+    The queries of a sequence are its last ones: query i of Lq, over Lk keys, sees the first
+    `Lk - Lq + i + 1` keys of its own sequence. Lq = Lk is a prefill, Lq < Lk a chunk or a decode
+    step. A query that would come before its sequence's first key gets an empty window.
+
+    Args:
+        cu_seqlens_q: `[S + 1]` int32, first query of each sequence, then the number of queries M.
+        cu_seqlens_k: `[S + 1]` int32, first key of each sequence, then the number of keys N.
+
+    Returns:
+        `(ks, ke)`, both `[M]` int32, on the device of `cu_seqlens_k`. Reads from the device.
+
+    Raises:
+        TypeError: not int32.
+        ValueError: not one-dimensional, empty, of different lengths, on different devices, or
+            queries that do not ascend from 0.
+    """
+    check_types(Tensor, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for name, edges in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        got = f"got {list(edges.shape)} {str(edges.dtype).removeprefix('torch.')}"
+        if edges.dtype != torch.int32:
+            raise TypeError(f"{name}: expected [S + 1] int32, {got}")
+        if edges.dim() != 1 or len(edges) == 0 or len(edges) != len(cu_seqlens_k):
+            raise ValueError(f"{name}: expected [S + 1] int32, the same S for both, {got}")
+    if cu_seqlens_q.device != cu_seqlens_k.device:
+        raise ValueError(
+            f"cu_seqlens_q: expected a tensor on {cu_seqlens_k.device} as cu_seqlens_k is, "
+            f"got one on {cu_seqlens_q.device}"
+        )
+    queries = cu_seqlens_q.diff()
+    if bool((queries < 0).any()) or int(cu_seqlens_q[0]) != 0:
+        raise ValueError(f"cu_seqlens_q: expected ascending entries from 0, got {cu_seqlens_q}")
+    rows = int(cu_seqlens_q[-1])
+    sequence = torch.repeat_interleave(queries, output_size=rows)
+    position = torch.arange(rows, device=queries.device) - cu_seqlens_q[:-1][sequence]
+    start = cu_seqlens_k[:-1][sequence]
+    seen = (cu_seqlens_k.diff() - queries)[sequence] + position + 1
+    return start, (start + seen.clamp(min=0)).to(torch.int32)
