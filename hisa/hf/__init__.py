@@ -1,0 +1,18 @@
+"""HISA inside Hugging Face models: `hisa.patch(model)`.
+
+    models.py    which indexers are known, and what differs between them: one table row per model
+    settings.py  the options of a patch, checked once
+    masks.py     attention masks -> one range of keys per query, once per model forward
+    indexer.py   the patched forward: project, index, complete
+    slots.py     where a forward is put on a module, and how it is taken off again
+    patching.py  patch() and the handle it returns
+    status.py    what a handle reports
+
+Nothing here imports transformers: indexers are recognised on the model that is given.
+"""
+
+from .patching import PatchHandle, patch
+from .settings import Settings
+from .status import LayerStatus, Status
+
+__all__ = ["LayerStatus", "PatchHandle", "Settings", "Status", "patch"]

@@ -1,0 +1,171 @@
+"""The patched forward of an indexer: what the model's own returns, selected hierarchically.
+
+    keys      project, norm, RoPE, append to the cache      [B, S, hidden]  -> [B, T, D]
+    queries   project, RoPE, a few rows at a time           [B, r, q_lora]  -> [B, r, H, D]
+    index     hisa.index over the whole batch, packed       [B * r, H, D]   -> [B * r, k] relative
+    complete  absolute positions, unused slots filled       [B * r, k]      -> [B * r, k] absolute
+
+Memory beyond the inputs and the result is bounded by CHUNK_BYTES, not by S or T.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+import hisa
+
+from .masks import Windows
+from .models import IndexerSpec, rotary
+from .settings import Settings
+
+CHUNK_BYTES = 4 << 20  # of projected queries handled together: small enough for the caches
+
+PositionEmbeddings = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
+Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
+
+
+def select(
+    module: Indexer,
+    spec: IndexerSpec,
+    settings: Settings,
+    windows: Windows,
+    hidden_states: Tensor,
+    q_resid: Tensor,
+    position_embeddings: PositionEmbeddings,
+    past_key_values: Any | None,
+) -> Tensor:
+    """Return the selected positions of every query, [B, S, min(topk, T)] int32.
+
+    Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
+    that hisa.index did not select, fill slots for which there was nothing to select.
+    """
+    batch, length = hidden_states.shape[:2]
+    k = project_keys(module, spec, hidden_states, position_embeddings)
+    if past_key_values is not None:
+        k = past_key_values.update_indexer(k, module.layer_idx)
+    if k.shape[:2] != (batch, windows.keys):
+        raise ValueError(
+            f"attention_mask: expected one column for each of the {k.shape[1]} keys, "
+            f"got {windows.keys}"
+        )
+    width = min(settings.topk or module.index_topk, windows.keys)
+    selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
+    if selected.numel() == 0:
+        return selected
+
+    dtype = scoring_dtype(q_resid.dtype, k.dtype)
+    k = k.to(dtype).flatten(0, 1)
+    options: dict[str, Any] = {
+        "cu_seqlens_k": windows.cu_seqlens_k,
+        "block_size": settings.block_size,
+        "pooling": settings.pooling,
+    }
+    # A pruned row has all tokens of block_topk - 2 whole blocks, and at least one of the first and
+    # of the last: no fewer than it has slots, with any but extreme settings.
+    exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 2
+    pooled = hisa.pool_keys(k, **options) if windows.longest > settings.budget else None
+    for start in range(0, length, step := rows_per_chunk(module, batch, dtype)):
+        rows = slice(start, start + step)
+        cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
+        indices = hisa.index(
+            project_queries(module, spec, q_resid[:, rows], cos_sin).to(dtype).flatten(0, 1),
+            k,
+            project_weights(module, hidden_states[:, rows]).flatten(0, 1),
+            ks=windows.packed_ks[:, rows].flatten(),
+            ke=windows.packed_ke[:, rows].flatten(),
+            pooled=pooled,
+            block_topk=settings.block_topk,
+            topk=width,
+            **options,
+        )
+        ks, ke = windows.ks[:, rows].reshape(-1, 1), windows.ke[:, rows].reshape(-1, 1)
+        filled = complete(indices, ks, ke, windows.keys, exhaustive=exhaustive)
+        selected[:, rows] = filled.view(batch, -1, width)
+    return selected
+
+
+def project_keys(
+    module: Indexer, spec: IndexerSpec, hidden_states: Tensor, cos_sin: PositionEmbeddings
+) -> Tensor:
+    """Project, norm and rotate the keys of all rows, [B, S, D]: the bits that the model caches."""
+    k = module.wk(hidden_states)
+    if spec.key_norm_in_weight_dtype:
+        k = module.k_norm(k.to(module.k_norm.weight.dtype)).to(hidden_states.dtype)
+    else:
+        k = module.k_norm(k)
+    return rotate(module, spec, k.unsqueeze(2), cos_sin).squeeze(2)
+
+
+def project_queries(
+    module: Indexer, spec: IndexerSpec, q_resid: Tensor, cos_sin: PositionEmbeddings
+) -> Tensor:
+    """Project and rotate the queries of a few rows, [B, r, H, D]."""
+    q = module.wq_b(q_resid).view(*q_resid.shape[:2], module.n_heads, module.head_dim)
+    return rotate(module, spec, q, cos_sin)
+
+
+def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
+    """Return the weight of each head, every scale folded in, [B, r, H] fp32."""
+    projection = module.weights_proj
+    weights: Tensor = projection(hidden_states.to(projection.weight.dtype)).float()
+    scale: float = module.n_heads**-0.5 * module.softmax_scale
+    return weights * scale
+
+
+def rotate(module: Indexer, spec: IndexerSpec, x: Tensor, cos_sin: PositionEmbeddings) -> Tensor:
+    """Apply the model's own RoPE to the rotary channels of x [B, S, heads, D]; consumes x."""
+    turned, kept = module.qk_rope_head_dim, module.head_dim - module.qk_rope_head_dim
+    part = x.narrow(-1, kept if spec.rope_last else 0, turned)
+    # The function takes queries and keys together; a copy of one head stands in for the other.
+    rotated, _ = rotary(spec)(part, part[:, :, :1].clone(), *cos_sin, unsqueeze_dim=2)
+    if rotated.dtype == x.dtype:
+        part.copy_(rotated)
+        return x
+    rest = x.narrow(-1, 0 if spec.rope_last else turned, kept)  # angles of a wider dtype widen all
+    return torch.cat([rest, rotated] if spec.rope_last else [rotated, rest], dim=-1)
+
+
+def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
+    """Return the one dtype in which q and k are scored; sums are fp32 in any case."""
+    dtype = torch.promote_types(q_dtype, k_dtype)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def rows_per_chunk(module: Indexer, batch: int, dtype: torch.dtype) -> int:
+    """Return how many rows of every batch entry fit in CHUNK_BYTES of queries; at least 1."""
+    row = batch * module.n_heads * module.head_dim * dtype.itemsize
+    return max(1, CHUNK_BYTES // int(row))
+
+
+def complete(indices: Tensor, ks: Tensor, ke: Tensor, keys: int, *, exhaustive: bool) -> Tensor:
+    """Turn hisa's relative indices into distinct absolute positions in every slot.
+
+    The callers scatter into a mask, where a -1 would hit a real key. An unused slot gets a position
+    outside the row's window, which is masked anyway; when those run out, an unselected one inside.
+
+    Args:
+        indices: [R, k] int32, k <= keys: relative to ks, ascending, then -1.
+        ks, ke: [R, 1] int32, the rows' windows.
+        keys: T. Positions are in [0, T).
+        exhaustive: Whether each row has min(k, ke - ks) indices. Then k <= keys implies that the
+            positions outside its window suffice.
+
+    Returns:
+        [R, k] int32. Every entry of a row is distinct.
+    """
+    column = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
+    taken = indices >= 0
+    nth = column - taken.sum(-1, keepdim=True, dtype=torch.int32)  # 0, 1, ... in unused slots
+    window = ke - ks
+    filler = torch.where(nth < ks, nth, nth + window)
+    if not exhaustive:
+        # Before selected token i lie `indices[i] - i` unselected ones. So the n-th unselected token
+        # is token n + the number of selected tokens that have no more than n before them.
+        n = nth - (keys - window)
+        before = torch.where(taken, indices - column, torch.iinfo(torch.int32).max)
+        inside = ks + n + torch.searchsorted(before, n, right=True, out_int32=True)
+        filler = torch.where(n < 0, filler, inside)
+    return torch.where(taken, indices + ks, filler)

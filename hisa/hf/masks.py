@@ -1,0 +1,185 @@
+"""Attention masks as windows: one contiguous range of keys per query, found once per model forward.
+
+A mask [B, S, T] is bool (True: attend) or additive (0: attend; -65504, the fp16 minimum, or less:
+masked). Anything else, and a row that attends to more than one range, has no window: `scan` then
+says why, and the caller uses the model's own indexer.
+
+Rows of one batch entry that begin at the same key form a segment, and blocks tile it from that key.
+So left padding does not shift the blocks, and each document of a packed sequence is tiled on its
+own, exactly as if it stood alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+MASKED = torch.finfo(torch.float16).min
+SCAN_ELEMENTS = 1 << 22  # mask elements looked at together: bounds the temporaries of a scan
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The keys that each query of one model forward may select.
+
+    `ks` and `ke` count within a batch entry; `packed_ks`, `packed_ke` and `cu_seqlens_k` count in
+    the keys of all entries laid end to end, [B * keys], as hisa.index takes them.
+    """
+
+    keys: int  # T: keys per batch entry
+    longest: int  # length of the longest window
+    ks: Tensor  # [B, S] int32
+    ke: Tensor  # [B, S] int32, equal to ks where a row is masked out entirely
+    packed_ks: Tensor  # [B, S] int32
+    packed_ke: Tensor  # [B, S] int32
+    cu_seqlens_k: Tensor  # [segments + 1] int32
+    _pruned: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+    def pruned_rows(self, block_size: int, block_topk: int) -> int:
+        """Count the rows whose window meets more blocks than are kept."""
+        key = (block_size, block_topk)
+        if key not in self._pruned:
+            segment = torch.searchsorted(self.cu_seqlens_k, self.packed_ks, right=True) - 1
+            origin = self.cu_seqlens_k[segment.clamp(max=len(self.cu_seqlens_k) - 2)]
+            first = (self.packed_ks - origin).div(block_size, rounding_mode="floor")
+            last = (self.packed_ke - 1 - origin).div(block_size, rounding_mode="floor")
+            self._pruned[key] = int((last - first >= block_topk).sum())
+        return self._pruned[key]
+
+
+def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
+    """Find the window of every query, or say in a few words why there is none.
+
+    Memory does not depend on the mask's size: it is read a few rows at a time.
+    """
+    if mask is None:
+        return "no attention mask"
+    if mask.dim() != 3 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, queries):
+        return f"attention mask of shape {list(mask.shape)}"
+    if not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        return f"attention mask of dtype {mask.dtype}"
+    keys = mask.shape[2]
+    if batch * keys >= 2**31:
+        return "2**31 keys or more in one batch"
+    if mask.stride(0) == 0:
+        mask = mask[:1]  # one entry expanded over the batch
+    shape = mask.shape[:2]
+    ks = torch.zeros(shape, dtype=torch.int32, device=mask.device)
+    ke, broken, unknown = torch.zeros_like(ks), ks.bool(), ks.bool()
+    step = max(1, SCAN_ELEMENTS // max(1, keys))
+    for entry in range(shape[0] if keys else 0):
+        for start in range(0, shape[1], step):
+            at = (entry, slice(start, start + step))
+            ks[at], ke[at], broken[at], unknown[at] = _scan_rows(mask[at])
+    flags = torch.stack([unknown.any(), broken.any()]).tolist()
+    if flags[0]:
+        return "attention mask with values that are neither 0 nor masked"
+    if flags[1]:
+        return "attention mask with a row that is not one range"
+    return _with_segments(ks.expand(batch, queries), ke.expand(batch, queries), keys)
+
+
+def _scan_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ks, ke, "not one range" and "unknown values" of mask rows [R, T]."""
+    attend = rows if rows.dtype == torch.bool else rows == 0
+    count = attend.sum(-1, dtype=torch.int32)
+    some = count > 0
+    keys = rows.shape[-1]
+    # argmax gives the first of equal maxima; bool tensors have none, so look at them as bytes
+    first = attend.view(torch.uint8).argmax(-1) * some
+    end = (keys - attend.flip(-1).view(torch.uint8).argmax(-1)) * some
+    unknown = torch.zeros_like(some)
+    if rows.dtype != torch.bool:
+        unknown = ~(attend | (rows <= MASKED)).all(-1)
+    return first, end, end - first != count, unknown
+
+
+def _with_segments(ks: Tensor, ke: Tensor, keys: int) -> Windows:
+    """Pack the batch, and cut each entry at the distinct starts of its windows.
+
+    NOTE: An entry whose windows overlap without sharing a start (a sliding window) cannot be cut
+    and stays one segment. This is decided per entry: rows do not depend on the rest of the batch.
+    """
+    batch = ks.shape[0]
+    entry = (torch.arange(batch, device=ks.device, dtype=torch.int32) * keys)[:, None]
+    packed_ks, packed_ke = ks + entry, ke + entry
+    starts = torch.cat([entry.flatten(), packed_ks.flatten()]).unique()  # ascending
+    end = starts.new_full((1,), batch * keys)
+    edges = torch.cat([starts, end])
+    following = edges[torch.searchsorted(starts, packed_ks, right=True)]
+    overlapping = (packed_ke > following).any(1)
+    owner = torch.searchsorted(entry.flatten(), starts, right=True) - 1
+    kept = (starts == entry.flatten()[owner]) | ~overlapping[owner]
+    return Windows(
+        keys=keys,
+        longest=int((ke - ks).max()) if ks.numel() else 0,
+        ks=ks,
+        ke=ke,
+        packed_ks=packed_ks,
+        packed_ke=packed_ke,
+        cu_seqlens_k=torch.cat([starts[kept], end]),
+    )
+
+
+@dataclass
+class _Scanned:
+    """A scan's result and the identity of the mask it came from. Does not keep the mask alive."""
+
+    storage: StorageWeakRef
+    view: tuple[object, ...]
+    result: Windows | str
+    served: set[int]
+
+    def fits(self, mask: Tensor, layer: int) -> bool:
+        return (
+            layer not in self.served
+            and not self.storage.expired()
+            and self.storage == StorageWeakRef(mask.untyped_storage())
+            and self.view == _view(mask)
+        )
+
+
+class WindowCache:
+    """Scans a mask once for all layers of a model forward.
+
+    Layers get fresh views of one mask, so a scan is found again by the mask's storage. A weak
+    reference is held to it, during which its address cannot be given to another. A change in place
+    is seen by the tensor's version. As further protection, for what has no version (tensors made in
+    inference mode, memory shared with NumPy), a scan serves each layer once: when a layer comes
+    back, a new forward has begun and the mask is scanned again.
+
+    One scan is remembered per thread, so threads that share a model do not wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._scans = 0
+
+    @property
+    def scans(self) -> int:
+        """How many masks were scanned."""
+        return self._scans
+
+    def get(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Windows | str:
+        """Return the windows of `mask`, or why there are none, for layer number `layer`."""
+        last: _Scanned | None = getattr(self._local, "last", None)
+        if mask is not None and last is not None and last.fits(mask, layer):
+            last.served.add(layer)
+            return last.result
+        result = scan(mask, batch, queries)
+        with self._lock:
+            self._scans += 1
+        if mask is not None:
+            storage = StorageWeakRef(mask.untyped_storage())
+            self._local.last = _Scanned(storage, _view(mask), result, {layer})
+        return result
+
+
+def _view(mask: Tensor) -> tuple[object, ...]:
+    version = None if mask.is_inference() else mask._version
+    return (mask.dtype, mask.shape, mask.stride(), mask.storage_offset(), mask.device, version)

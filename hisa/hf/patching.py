@@ -1,0 +1,145 @@
+"""`hisa.patch`: put HISA into a model's indexers, and take it out again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from types import TracebackType
+
+from torch import nn
+
+from . import slots
+from .forward import PatchedForward, Shared
+from .models import is_shared_layer, looks_like_indexer, recognise, supported
+from .settings import Settings
+from .status import LayerStatus, Status
+
+logger = logging.getLogger(__name__)
+
+_patching = threading.Lock()  # one model is patched or restored at a time
+
+
+class PatchHandle:
+    """A patch of one model: a context manager, or call `remove()`.
+
+    The handle does not keep the model alive, and dropping the handle does not undo the patch.
+    """
+
+    def __init__(self, shared: Shared, forwards: list[PatchedForward], others: list[str]) -> None:
+        self._shared = shared
+        self._forwards = tuple(forwards)
+        self._others = tuple(others)  # attention layers that reuse an earlier layer's selection
+
+    @property
+    def settings(self) -> Settings:
+        """The options of the patch."""
+        return self._shared.settings
+
+    def remove(self) -> None:
+        """Restore every original forward exactly.
+
+        A second call does nothing, and neither does one after the model was patched again: the
+        newer handle then owns the patch.
+        """
+        with _patching:
+            removed = [forward for forward in self._forwards if forward.installed]
+            for forward in removed:
+                slots.uninstall(forward)
+        if removed:
+            logger.info("hisa removed from %d indexers", len(removed))
+
+    def status(self) -> Status:
+        """Return what each layer did since it was patched. `print` shows it as a table."""
+        patched = tuple(forward.status() for forward in self._forwards)
+        shared = tuple(LayerStatus(name, "shared") for name in self._others)
+        return Status(self.settings, patched + shared, self._shared.windows.scans)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        active = sum(forward.installed for forward in self._forwards)
+        return f"PatchHandle({active} of {len(self._forwards)} indexers patched, {self.settings})"
+
+
+def patch(
+    model: nn.Module,
+    *,
+    block_size: int = 128,
+    block_topk: int = 64,
+    topk: int | None = None,
+    pooling: str = "mean",
+) -> PatchHandle:
+    """Replace the flat indexers in a Hugging Face model by HISA.
+
+    Patched indexers take the same arguments and return the same kind of result, [B, S, min(topk,
+    T)] int32 distinct positions of the T keys. A query that sees no more than `block_topk` blocks
+    gets the flat indexer's selection. Everything that `generate` does works as before. A call whose
+    mask is not one range of keys per query is left to the model's own indexer, with one warning.
+
+    Only the given instances change. Patching again replaces the settings; `remove()` then restores
+    the true originals. state_dict, `save_pretrained`, pickling and deepcopy see an unpatched model.
+    A `torch.compile`d model breaks its graph at each patched indexer.
+
+    Args:
+        model: Any module that contains supported indexers, or is one.
+        block_size: Tokens per block: 8, 16, 32, 64, 128 or 256.
+        block_topk: Blocks kept per query, at least 2. `block_topk * block_size` is the budget: the
+            number of tokens that are scored exactly.
+        topk: Tokens selected per query; None means each indexer's own `index_topk`. At most the
+            budget.
+        pooling: How a block's keys become the one that is scored first, "mean" or "max".
+
+    Returns:
+        A handle with `remove()` and `status()`, which is also a context manager.
+
+    Raises:
+        TypeError: if `model` is not a module, an option has the wrong type, the model contains an
+            indexer that is not known, or an indexer's forward was replaced by something else.
+        ValueError: if an option or an indexer's shape is not supported, or the budget is smaller
+            than topk.
+        RuntimeError: if hisa's extension is not built; the message says what to run.
+
+    Warns:
+        UserWarning: if there is nothing to patch, and later, once each, if the budget covers all
+            tokens seen or a mask makes a call fall back.
+
+    Example:
+        >>> with hisa.patch(model, block_size=128, block_topk=64) as handle:
+        ...     model.generate(**inputs)
+        ...     print(handle.status())
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    shared = Shared(Settings(block_size, block_topk, topk, pooling))
+    found = [(name, m) for name, m in model.named_modules() if looks_like_indexer(name, m)]
+    with _patching:
+        forwards = []
+        for number, (name, module) in enumerate(found):  # nothing changes until all are checked
+            spec = recognise(name, module)
+            slots.check(name, module)
+            shared.settings.check(
+                spec.class_name, module.n_heads, module.head_dim, module.index_topk
+            )
+            forwards.append(PatchedForward(name, number, module, spec, shared))
+        for forward in forwards:
+            slots.install(forward)
+            logger.info("hisa patched %s (%s)", forward.name, forward.spec.model_type)
+    if not forwards:
+        warnings.warn(
+            f"hisa: {type(model).__name__} contains no indexer, so nothing was patched. "
+            f"Supported: {supported()}",
+            UserWarning,
+            stacklevel=2,
+        )
+    reusing = [name for name, module in model.named_modules() if is_shared_layer(module)]
+    return PatchHandle(shared, forwards, reusing)

@@ -1,0 +1,77 @@
+"""The options of a patch, checked once, when the model is patched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import hisa
+
+POOLINGS = ("mean", "max")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a patched indexer selects. Immutable: to change them, patch again.
+
+    Args:
+        block_size: Tokens per block, one of 8, 16, 32, 64, 128, 256.
+        block_topk: Blocks kept per query, at least 2 (the first and the last always are).
+        topk: Tokens selected per query; None means each indexer's own `index_topk`.
+        pooling: How a block's keys become one, "mean" or "max".
+
+    Raises:
+        TypeError: if a number is not an int.
+        ValueError: if a value is not supported.
+        RuntimeError: if hisa's extension is not built.
+    """
+
+    block_size: int = 128
+    block_topk: int = 64
+    topk: int | None = None
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "block_topk", "topk"):
+            value = getattr(self, name)
+            if not (type(value) is int or (value is None and name == "topk")):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+        if self.pooling not in POOLINGS:
+            expected = " or ".join(map(repr, POOLINGS))
+            raise ValueError(f"pooling: expected {expected}, got {self.pooling!r}")
+        limits: dict[str, Any] = hisa.build_info()
+        if self.block_size not in limits["block_sizes"]:
+            raise ValueError(
+                f"block_size: expected one of {limits['block_sizes']}, got {self.block_size}"
+            )
+        if self.block_topk < limits["min_block_topk"]:
+            raise ValueError(
+                f"block_topk: expected at least {limits['min_block_topk']} (the first and the last "
+                f"block are always kept), got {self.block_topk}"
+            )
+        if self.topk is not None:
+            self._check_topk(self.topk, "topk")
+
+    @property
+    def budget(self) -> int:
+        """Tokens in the kept blocks: rows that see no more than this are not pruned."""
+        return self.block_size * self.block_topk
+
+    def check(self, name: str, heads: int, channels: int, index_topk: int) -> None:
+        """Raise ValueError if hisa cannot stand in for the indexer `name` with these settings."""
+        if self.topk is None:
+            self._check_topk(index_topk, f"index_topk of {name}")
+        try:
+            hisa.plan(0, 0, heads, channels, block_size=8, block_topk=2, topk=1)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _check_topk(self, topk: int, source: str) -> None:
+        if topk < 1:
+            raise ValueError(f"{source}: expected at least 1, got {topk}")
+        if topk > self.budget:
+            raise ValueError(
+                f"{source}: expected at most block_topk * block_size = {self.block_topk} * "
+                f"{self.block_size} = {self.budget}, got {topk}. Raise block_topk to at least "
+                f"{-(-topk // self.block_size)}, or pass a smaller topk"
+            )

@@ -1,0 +1,46 @@
+"""What a patch handle reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One attention layer's part in a patch."""
+
+    name: str
+    state: Literal["patched", "shared", "removed"]  # shared: reuses an earlier layer's selection
+    calls: int = 0
+    rows: int = 0  # queries answered by hisa
+    pruned_rows: int = 0  # of these, the ones that saw more blocks than are kept
+    fallbacks: Mapping[str, int] | None = None  # calls left to the model's own indexer, by reason
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot of a patch; `print` shows it as a table."""
+
+    settings: Settings
+    layers: tuple[LayerStatus, ...]
+    mask_scans: int  # attention masks turned into windows: one per model forward
+
+    def __str__(self) -> str:
+        table = [("layer", "state", "calls", "rows", "pruned", "fallbacks")]
+        for layer in self.layers:
+            reasons = (f"{count} x {why}" for why, count in (layer.fallbacks or {}).items())
+            counts = (str(layer.calls), str(layer.rows), str(layer.pruned_rows))
+            table.append((layer.name, layer.state, *counts, ", ".join(reasons) or "-"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        return "\n".join([f"{self.settings}, {self.mask_scans} mask scans", *lines])
