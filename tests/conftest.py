@@ -1,0 +1,80 @@
+"""Fixtures and options shared by the whole suite."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, REFERENCE, Family, available
+
+TEST_SECONDS = 60
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that narrow a run down to one failure."""
+    parser.addoption("--families", default="", help="comma-separated kernel families to run")
+    parser.addoption("--fuzz-seed", type=int, help="run only this seed of the T1 fuzz")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker that this file reads."""
+    config.addinivalue_line("markers", "seconds(n): time limit of one test, 60 by default")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `family` over the kernel families, `any_family` over the reference too."""
+    wanted = set(filter(None, metafunc.config.getoption("families").split(",")))
+    for fixture in {"family", "any_family"} & set(metafunc.fixturenames):
+        if wanted:
+            chosen = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted]
+        else:
+            chosen = available() + ([REFERENCE] if fixture == "any_family" else [])
+        metafunc.parametrize(fixture, chosen, ids=lambda f: f.name, indirect=True)
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Iterator[Family]:
+    """One kernel family, active for the length of the test."""
+    with request.param.active():
+        yield request.param
+
+
+any_family = family
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run on one thread, so that parallel workers do not fight; tests of threads set their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that runs too long (T24), and kill the process if a kernel never returns."""
+    marker = request.node.get_closest_marker("seconds")
+    seconds = marker.args[0] if marker else TEST_SECONDS
+    if request.node.get_closest_marker("long") or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a second alarm ends the process
+        signal.alarm(30)
+        pytest.fail(f"ran longer than {seconds} s", pytrace=True)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+os.environ.pop("HISA_CHECK", None)  # the suite turns it on where it means to

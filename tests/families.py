@@ -1,0 +1,118 @@
+"""The kernel families that the suite runs against: one entry per device and instruction set.
+
+A test takes the fixture `family` and calls `family.index(case)`, `family.flat_index(case)` or
+`family.pool_keys(case)`. The results come back on the CPU and have passed the output checker.
+A new device or kernel family joins every test by one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.case import Case
+from tests.checker import Result, assert_valid_output
+from tests.numeric import FP8
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where calls run, and what may be asked of the arithmetic there."""
+
+    name: str
+    device: str = "cpu"
+    isa: str | None = None  # what hisa._C.set_cpu_isa takes
+    module: str = "hisa"  # the module that has index, flat_index and pool_keys
+    cpu_order: bool = True  # sums run in the order that the CPU path documents
+    dot_roundoff: float = 2.0**-24  # unit roundoff of the sums inside a dot product
+
+    @contextmanager
+    def active(self) -> Iterator[Family]:
+        """Make this family the one that runs."""
+        if self.isa is None:
+            yield self
+            return
+        extension = importlib.import_module("hisa._C")
+        extension.set_cpu_isa(self.isa)
+        try:
+            yield self
+        finally:
+            extension.set_cpu_isa("auto")
+
+    @property
+    def api(self) -> Any:
+        """The module under test."""
+        return importlib.import_module(self.module)
+
+    def dot_limit(self, dtype: torch.dtype) -> int:
+        """Return the integers up to which sums of a dot product are exact on every kernel family.
+
+        fp8 tensor cores may keep as few as 13 bits below the largest term; all else is fp32.
+        """
+        return 2**13 if dtype == FP8 else 2**24
+
+    def index(self, case: Case, **changes: Any) -> Result:
+        """Run `index` with scores and check the output's form."""
+        case = case.replace(**changes)
+        on = case.to(self.device)
+        indices, scores = self.api.index(
+            on.q, on.k, on.weights, **on.index_args(), return_scores=True
+        )
+        return self.checked(case, indices, scores, packed=True)
+
+    def flat_index(self, case: Case, **changes: Any) -> Result:
+        """Run `flat_index` with scores and check the output's form."""
+        case = case.replace(**changes)
+        on = case.to(self.device)
+        indices, scores = self.api.flat_index(
+            on.q, on.k, on.weights, **on.flat_args(), return_scores=True
+        )
+        return self.checked(case, indices, scores, packed=False)
+
+    def pool_keys(self, case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
+        """Run `pool_keys` and check the form of what it returns."""
+        case = case.replace(**changes)
+        on = case.to(self.device)
+        pooled, scale = self.api.pool_keys(on.k, **on.pool_args())
+        slots = -(-case.k.shape[0] // case.block_size)
+        assert pooled.dtype == case.k.dtype and tuple(pooled.shape) == (slots, case.k.shape[1])
+        assert scale.dtype == torch.float32 and tuple(scale.shape) == (slots,)
+        assert pooled.device == on.k.device and scale.device == on.k.device
+        return pooled.cpu(), scale.cpu()
+
+    def checked(self, case: Case, indices: Tensor, scores: Tensor, packed: bool) -> Result:
+        """Bring an output to the CPU and check it."""
+        assert indices.device.type == self.device and scores.device.type == self.device
+        result = Result(indices.cpu(), scores.cpu())
+        assert_valid_output(case, result, packed)
+        return result
+
+
+REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
+
+FAMILIES = (
+    Family("cpu-baseline", isa="baseline"),
+    Family("cpu-avx2", isa="avx2"),
+    Family("cpu-avx512", isa="avx512"),
+)
+
+
+def usable_isas() -> list[str]:
+    """Return the CPU instruction sets that this build and machine have."""
+    import hisa
+
+    names = hisa.build_info()["cpu_isa_available"]
+    assert isinstance(names, list)
+    return names
+
+
+def available() -> list[Family]:
+    """Return the kernel families of this build that this machine can run."""
+    usable = usable_isas()
+    return [f for f in FAMILIES if f.isa is None or f.isa in usable]

@@ -1,0 +1,110 @@
+"""Build each mutant in a copy of the tree and run the suite on it.
+
+    python -m tests.mutants [part of a name ...]
+
+Prints one line per mutant: killed by which test, or SURVIVED. The exit status is 1 if one survived.
+Each build takes a minute or so; only the files that changed are compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.mutants.catalogue import MUTANTS, Mutant
+
+ROOT = Path(__file__).parent.parent.parent
+COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "hisa", "tests")
+TIMEOUT = 900  # seconds per mutant
+
+
+def copy_tree(target: Path) -> None:
+    """Copy what a build and the suite need."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            skip = shutil.ignore_patterns(
+                "*.so", "__pycache__", "mutants", "hf" if name == "tests" else ""
+            )
+            shutil.copytree(source, target / name, ignore=skip)
+        elif source.exists():
+            shutil.copy(source, target / name)
+
+
+def build(tree: Path) -> None:
+    """Build the extension in place; torch's build recompiles what changed."""
+    environment = {**os.environ, "HISA_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(run.stdout[-3000:] + run.stderr[-3000:])
+
+
+def killer(tree: Path, tests: list[str]) -> str | None:
+    """Run the suite until its first failure and return that test's name, None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+    try:
+        run = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return "time limit"
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else f"crash (exit status {run.returncode})"
+
+
+def apply(tree: Path, mutant: Mutant) -> None:
+    """Edit the copied sources."""
+    path = tree / "csrc" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != mutant.times:
+        raise ValueError(
+            f"{mutant.name}: the text to replace occurs {text.count(mutant.old)} times"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def main() -> int:
+    """Run the chosen mutants."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of mutants' names; all by default")
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="what to run")
+    parser.add_argument("--tree", type=Path, help="folder to work in, kept between runs")
+    options = parser.parse_args()
+    tree = options.tree or Path(tempfile.mkdtemp(prefix="hisa-mutants-"))
+    tree.mkdir(parents=True, exist_ok=True)
+    if not (tree / "csrc").exists():
+        copy_tree(tree)
+    survivors = 0
+    print(f"building in {tree}", flush=True)
+    build(tree)
+    if (by := killer(tree, options.tests)) is not None:
+        print(f"the suite fails without any mutant: {by}")
+        return 1
+    for mutant in MUTANTS:
+        if options.names and not any(name in mutant.name for name in options.names):
+            continue
+        start = time.monotonic()
+        path = tree / "csrc" / mutant.file
+        saved = path.read_text()
+        apply(tree, mutant)
+        try:
+            build(tree)
+            by = killer(tree, options.tests)
+        finally:
+            path.write_text(saved)
+        survivors += by is None
+        verdict = "SURVIVED" if by is None else f"killed by {by}"
+        print(f"{mutant.name:<36} {time.monotonic() - start:5.0f} s  {verdict}", flush=True)
+    build(tree)
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The seeded bugs: what goes wrong, in which file, and the edit that makes it go wrong.
+
+A mutant that no longer applies is an error, so the list follows the sources. Mutants that change
+speed only are not bugs and are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One seeded bug."""
+
+    name: str
+    file: str  # below csrc/
+    old: str
+    new: str
+    times: int = 1  # how often `old` occurs; all are replaced
+
+
+MUTANTS = [
+    # windows and segments
+    Mutant("ks ignored", "cpu/windows.h", "= wanted < 0 ? 0 : wanted;", "= wanted * 0;"),
+    Mutant("negative ks not clamped", "cpu/windows.h", "wanted < 0 ? 0 : wanted", "wanted"),
+    Mutant("ke is one short", "cpu/windows.h", ": windows.end[m];", ": windows.end[m] - 1;"),
+    Mutant("blocks tile from token 0", "cpu/windows.h",
+           ": segment.end, segment.begin}", ": segment.end, 0}"),
+    Mutant("window runs into the next segment", "cpu/windows.h",
+           "{start, end < segment.end ? end : segment.end,",
+           "{start, end < key_count ? end : key_count,"),
+    Mutant("segments not clamped to the keys", "cpu/windows.h",
+           "edge < key_count ? edge : key_count", "edge"),
+    # pool
+    Mutant("blocks straddle segments", "cpu/pool.cpp",
+           "start + params.block_size > segment.end", "start + params.block_size > keys.count"),
+    Mutant("last complete block not pooled", "cpu/pool.cpp",
+           "start + params.block_size > segment.end", "start + params.block_size >= segment.end"),
+    Mutant("pooling ignores k_scale", "cpu/kernels_body.h", "key[d] *= scale;", "key[d] *= 1.0F;"),
+    Mutant("maximum drops NaN", "cpu/kernels_body.h", " || key[d] != key[d] ?", " ?"),
+    Mutant("max pooling is mean pooling", "checks.cpp",
+           'if (name == "max") return Pooling::kMax', 'if (name == "max") return Pooling::kMean'),
+    Mutant("zero block divides by zero", "cpu/pool.cpp",
+           "scale < kMinScale ? kMinScale : scale", "scale"),
+    Mutant("fp8 scale from another format", "cpu/pool.cpp", "kFp8Max = 448.0F", "kFp8Max = 240.0F"),
+    Mutant("pooled offset in 32 bits", "cpu/pool.cpp", "start * keys.stride * element_size",
+           "static_cast<int32_t>(start * keys.stride) * element_size"),
+    # coarse
+    Mutant("slot rounds down", "cpu/coarse.cpp",
+           "(row.origin + size - 1) / size", "row.origin / size"),
+    Mutant("second block is no candidate", "cpu/coarse.cpp",
+           "= {shift + first + 1, shift + last,", "= {shift + first + 2, shift + last,"),
+    Mutant("first block not forced", "cpu/coarse.cpp",
+           "*block++ = row.origin + first * size;", "*block++ = row.origin + (first + 1) * size;"),
+    Mutant("last block not forced", "cpu/coarse.cpp",
+           "if (last > first) *block++", "if (all) *block++"),
+    Mutant("one block too few", "cpu/coarse.cpp",
+           "group.select(i, params.block_topk - 2);", "group.select(i, params.block_topk - 3);"),
+    Mutant("pooled keys given are recomputed", "cpu/api.cpp",
+           "pooled_k.has_value()\n          ? TwoTensors",
+           "pooled_k.has_value() && topk == 0\n ? TwoTensors"),
+    # scores
+    Mutant("no ReLU", "cpu/kernels_body.h", "Isa::relu(dots[h][v])", "dots[h][v]"),
+    Mutant("NaN passes the ReLU", "cpu/kernels_avx2.cpp",
+           "_mm256_max_ps(x, zero())", "_mm256_max_ps(zero(), x)"),
+    Mutant("scores ignore k_scale", "cpu/kernels_body.h", "tile.scale[n] * tile.scores[n]",
+           "1.0F * tile.scores[n]"),
+    Mutant("k_scale of another token", "cpu/group.cpp",
+           "keys.scale + start", "keys.scale + all.begin"),
+    Mutant("fp8 NaN bytes are 480", "cpu/isa_avx2.h", "_mm_and_si128(nan, _mm_set1_epi16(0x7E00))",
+           "_mm_and_si128(nan, _mm_setzero_si128())"),
+    Mutant("multiply-add rounds twice", "cpu/kernels_avx2.cpp", "_mm256_fmadd_ps(a, b, c)",
+           "_mm256_add_ps(_mm256_mul_ps(a, b), c)"),
+    Mutant("last panel of heads dropped", "cpu/kernels_body.h", "cut < cuts; ++cut",
+           "cut < (cuts > 1 ? cuts - 1 : 1); ++cut"),
+    Mutant("strides of weights ignored", "cpu/api.cpp", "weights.stride(0)}", "weights.size(1)}"),
+    # select
+    Mutant("higher token wins a tie", "cpu/select.h",
+           "~static_cast<uint32_t>(", "static_cast<uint32_t>(", times=2),
+    Mutant("full buffer drops candidates", "cpu/select.cpp",
+           "if (size_ == capacity_) compact();", "if (size_ == capacity_) return;"),
+    Mutant("a chunk skips one score too many", "cpu/select.cpp", "i += kChunk;\n",
+           "i += kChunk + 1;\n"),
+    Mutant("NaN wins", "cpu/select.h", "nan ? -std::numeric_limits<float>::infinity()",
+           "nan ? std::numeric_limits<float>::infinity()"),
+    Mutant("NaN reported as -inf", "cpu/select.h", "| static_cast<uint32_t>(nan) |", "|"),
+    Mutant("-0.0 ranks below 0.0", "cpu/select.h", ": score + 0.0F;", ": score;"),
+    Mutant("negative scores in reverse", "cpu/select.h",
+           "? ~bits : bits | kSign", "? bits ^ kSign : bits | kSign"),
+    # refine, flat, output
+    Mutant("last tile of a block dropped", "cpu/refine.cpp", "tile < end; tile += kTileKeys",
+           "tile < end - 1; tile += kTileKeys"),
+    Mutant("last tile of flat dropped", "cpu/group.cpp", "tile < end; tile += kTileKeys",
+           "tile + kTileKeys <= end || tile == begin; tile += kTileKeys"),
+    Mutant("indices not relative to ks", "cpu/refine.cpp",
+           "row.end), row.start}", "row.end), row.origin}"),
+    Mutant("tail of zeros", "cpu/group.cpp",
+           "indices + output.topk, -1)", "indices + output.topk, 0)"),
+    Mutant("tail not written", "cpu/group.cpp",
+           "std::fill(indices + n, indices + output.topk, -1);", ""),
+    Mutant("first group of rows skipped", "cpu/run.h",
+           "i < plan.groups &&", "i + 1 < plan.groups &&"),
+    Mutant("Ctrl-C ignored", "cpu/run.h", "if (hooks.pending != nullptr && hooks.pending())",
+           "if (hooks.pending == nullptr)"),
+    # checks
+    Mutant("k_scale's length not checked", "checks.cpp", '"[N]", ScalarType::Float, {k.size(0)}',
+           '"[N]", ScalarType::Float, {-1}'),
+    Mutant("topk above the budget accepted", "checks.cpp", "(topk - 1) / block_size < block_topk",
+           "(topk - 1) / block_size <= block_topk"),
+]  # fmt: skip

@@ -1,0 +1,131 @@
+"""T21: memory is what `hisa.plan` says, whatever the lengths, and none of it stays behind.
+
+Catches an [M, N] or [M, H, N] tensor anywhere, a workspace that grows with M or N, and leaks.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hisa
+from tests.builders import random_case
+from tests.families import Family
+
+SLACK = 12 * 2**20  # allocator and page rounding, thread stacks
+MEASURE = """
+import sys, torch, hisa
+op, m, n, h, d = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(2)
+dtype = torch.bfloat16
+q, k = torch.ones(m, h, d, dtype=dtype), torch.ones(n, d, dtype=dtype)
+weights, call = torch.ones(m, h), getattr(hisa, op)
+few = dict(topk=256) if op == "flat_index" else dict(topk=256, block_topk=8)
+call(q[:64], k[:4096], weights[:64], return_scores=True, **few)
+# The peak so far may hide ours: start from what is resident now.
+resident = int(open("/proc/self/statm").read().split()[1]) * 4096
+open("/proc/self/clear_refs", "w").write("5")
+status = lambda: int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) * 1024
+call(q, k, weights, return_scores=True, **few)
+print(status() - resident)
+"""
+CALLS = [
+    ("index", 3000, 30000, 4, 64),  # [M, N] would be 360 MB, [M, H, N] four times that
+    ("flat_index", 400, 200000, 2, 32),  # 320 MB
+    ("index", 20, 400000, 2, 64),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_peak_is_the_stated_formula(family: Family, call: tuple[str, int, int, int, int]) -> None:
+    """Peak memory of a big call <= outputs + the plan's workspace + a small constant."""
+    if family.device != "cpu" or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measured through Linux's /proc on the CPU")
+    if family.isa == "baseline":
+        pytest.skip("the same allocations as the others, too slow at this size")
+    op, m, n, h, d = call
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, op, *map(str, (m, n, h, d))],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=50,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    torch.set_num_threads(2)
+    plan = hisa.plan(m, n, h, d, op=op, topk=256, block_topk=8, return_scores=True)
+    allowed = plan.output_bytes + plan.workspace_bytes + SLACK
+    assert plan.output_bytes == m * 256 * 8
+    assert allowed < m * n * 4 / 3 or m < 100
+    assert int(run.stdout) <= allowed, f"{int(run.stdout) / 2**20:.1f} MiB\n{plan}"
+
+
+def test_workspace_does_not_grow_with_rows_or_keys() -> None:
+    """The stated workspace depends on neither M nor N, apart from the pooled keys of `index`."""
+
+    def workspace(**changes: Any) -> int:
+        sizes: dict[str, Any] = {"M": 4096, "N": 8192, "H": 64, "D": 128}
+        return hisa.plan(**(sizes | changes)).workspace_bytes
+
+    assert workspace(M=10**6) == workspace()
+    assert workspace(op="flat_index", N=2**31 - 1, M=10**6) == workspace(op="flat_index")
+    assert workspace(N=2**30, pooled=True) == workspace(pooled=True)
+    pooled_keys = (10**7 - 8192) // 128 * (128 * 2 + 4)
+    assert workspace(N=10**7) - workspace() <= pooled_keys + 2**16
+    assert workspace() < 64 * 2**20
+
+
+def test_operations_at_the_limits() -> None:
+    """The count of operations is exact where it leaves 64 bits, and no stage goes missing."""
+    plan = hisa.plan(10**6, 2**31 - 1, 64, 128, op="flat_index")
+    assert plan.operations == {"flat": 10**6 * (2**31 - 1) * 64 * 128}
+    assert plan.kernels.keys() == plan.operations.keys()
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_no_growth_over_many_calls(family: Family) -> None:
+    """Thousands of calls of many lengths, failed ones among them, leave no memory behind."""
+    case = random_case(0, torch.float32, M=3, N=300, H=1, D=16)
+
+    def burst(calls: int) -> None:
+        for i in range(calls):
+            n = 1 + i % 100
+            hisa.index(case.q, case.k[:n], case.weights, block_size=8, block_topk=3, topk=16)
+            hisa.flat_index(case.q, case.k[:n], case.weights, topk=16)
+            with pytest.raises(ValueError, match="topk"):
+                hisa.index(case.q, case.k, case.weights, topk=0)
+
+    burst(500)
+    before = resident()
+    burst(2000)
+    assert resident() - before < 4 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
+def test_out_of_memory_is_an_exception() -> None:
+    """A call that cannot get its output raises, and the next call is right."""
+    script = """
+import resource, torch, hisa
+q, k, w = torch.ones(40000, 1, 16), torch.ones(64, 16), torch.ones(40000, 1)
+want = hisa.index(q[:4], k, w[:4], topk=8)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+try:
+    hisa.index(q, k, w, topk=8192)
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "allocate" in str(error), error
+assert torch.equal(hisa.index(q[:4], k, w[:4], topk=8), want)
+print("right")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                         cwd=Path(__file__).parent.parent)  # fmt: skip
+    assert run.stdout == "right\n", run.stderr
