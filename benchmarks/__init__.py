@@ -1,0 +1,9 @@
+"""Benchmarks: `python -m benchmarks` runs them all, `python -m benchmarks --help` lists them.
+
+harness.py   how a number comes about: runs, warm-up, peers in turn, goals
+meters.py    time and peak memory, one class per kind of device
+machine.py   what a number depends on: processor, versions, commit
+report.py    tables, CSV files, plots
+inputs.py    inputs that several cases share, and the flat indexer in plain torch
+cases/       one small file per question
+"""

@@ -1,0 +1,96 @@
+"""`python -m benchmarks [case ...]`: run benchmarks, print their tables, write their CSV files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from . import cases, report, summary
+from .harness import Bench
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def find_cases() -> dict[str, ModuleType]:
+    """Return the modules of `benchmarks.cases` by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
+    return {name: importlib.import_module(f"{cases.__name__}.{name}") for name in names}
+
+
+def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse.Namespace:
+    """Parse the command line."""
+    lines = [
+        f"  {name:<16}{(module.__doc__ or '').splitlines()[0]}" for name, module in known.items()
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Run benchmarks, print their tables, write their CSV files.",
+        epilog="\n".join(["cases:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("case", nargs="*", help="which to run; all of them if none is named")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes: shows that it works, measures nothing"
+    )
+    parser.add_argument("--plot", action="store_true", help="also draw <case>.png (matplotlib)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for <case>.csv and <case>.md (benchmarks/results; none for a quick run)",
+    )
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="run nothing: put the table made from the files in --out into README.md",
+    )
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.case if name not in known]
+    if unknown:
+        parser.error(f"case: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return options
+
+
+def run_case(name: str, module: ModuleType, *, quick: bool, plot: bool, out: Path | None) -> None:
+    """Run one case and write its files."""
+    bench = Bench(name, quick=quick)
+    title = (module.__doc__ or name).splitlines()[0]
+    where = ", ".join(f"{key} {value}" for key, value in bench.environment.items() if value != "")
+    bench.say(f"# {name}\n\n{title}\n\n{where}")
+    module.run(bench)
+    bench.print_goals()
+    if out is not None:
+        report.write_csv(out / f"{name}.csv", bench.rows())
+        (out / f"{name}.md").write_text("\n".join(bench.text) + "\n")
+        if plot:
+            report.write_plot(out / f"{name}.png", title, bench.records)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit code."""
+    known = find_cases()
+    options = parse(arguments, known)
+    out = options.out or (None if options.quick else RESULTS)
+    if options.readme:
+        text = summary.summary(options.out or RESULTS)
+        summary.update_readme(text)
+        print(text)
+        return 0
+    if options.plot and out is None:
+        print("--plot with --quick needs --out DIR", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    for name in options.case or known:
+        run_case(name, known[name], quick=options.quick, plot=options.plot, out=out)
+        print()
+    print(f"{time.monotonic() - started:.0f} s in all", end="")
+    print(f"; written to {out}" if out else "; nothing written (a quick run)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The README's table, made from the CSV files of a run."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from . import report
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
+
+Record = dict[str, str]
+
+
+def summary(results: Path) -> str:
+    """Return the table and where its numbers come from."""
+    rows: list[tuple[str, ...]] = [("", "hisa", "compared with", "gain", "case")]
+    rows += [*module_rows(results), *flat_rows(results), *refine_rows(results)]
+    rows += scaling_rows(results)
+    first = next(iter(read(results, "flat")))
+    where = (
+        f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}; torch {first['torch']}, "
+        f"transformers {first['transformers']}; commit {first['commit']}, {first['date']}."
+    )
+    note = (
+        "4096 tokens, 64 heads of 128 channels, float32, causal, where a row says nothing else;\n"
+        "`topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians of one run, memory\n"
+        "as the peak beyond the inputs. `python -m benchmarks CASE` repeats a row, `make bench`\n"
+        "all of them."
+    )
+    return f"{report.table(rows)}\n\n{where}\n{note}"
+
+
+def update_readme(text: str) -> None:
+    """Put the summary between the README's two markers."""
+    pattern = re.compile(f"({re.escape(BEGIN)}\n).*?({re.escape(END)})", re.DOTALL)
+    readme, count = pattern.subn(lambda m: f"{m[1]}{text}\n{m[2]}", README.read_text())
+    if count != 1:
+        raise RuntimeError(f"{README}: expected the line {BEGIN} and the line {END} once")
+    README.write_text(readme)
+
+
+def module_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about the patched module."""
+    records = read(results, "indexer_module")
+    rows: list[tuple[str, ...]] = []
+    for own in (r for r in records if r["peer"] == "Hugging Face" and r.get("median_s")):
+        same = {key: own[key] for key in ("keys", "hidden", "q_lora", "dtype")}
+        ours = find(records, peer="patched", **same)
+        shared = find(records, peer="projections alone", **same)
+        gain = f"{ratio(own, ours):.1f}x time"
+        if own["peak_extra_bytes"] and ours["peak_extra_bytes"]:
+            less = int(own["peak_extra_bytes"]) / int(ours["peak_extra_bytes"])
+            gain += f", {less:.0f}x memory"
+        what = f"V3.2 indexer module, {own['dtype']}, hidden {own['hidden']}"
+        rows.append(
+            (
+                f"{what} ({time(shared)} is projections)",
+                f"{time(ours)}, {memory(ours)}",
+                f"Hugging Face: {time(own)}, {memory(own)}",
+                gain,
+                "indexer_module",
+            )
+        )
+    return rows
+
+
+def flat_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about the flat indexer."""
+    records = read(results, "flat")
+    rows: list[tuple[str, ...]] = []
+    for ours in (r for r in records if r["peer"] == "hisa.flat_index"):
+        other = find(records, peer="torch in chunks", keys=ours["keys"], dtype=ours["dtype"])
+        rows.append(
+            (
+                f"`flat_index`, {ours['keys']} tokens, {ours['dtype']}",
+                f"{time(ours)}, {memory(ours)}",
+                f"torch in chunks: {time(other)}, {memory(other)}",
+                f"{ratio(other, ours):.1f}x time",
+                "flat",
+            )
+        )
+    return rows
+
+
+def refine_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the row about the refine stage."""
+    records = read(results, "refine")
+    ours = find(records, peer="hisa.index", dtype="float32")
+    other = find(records, peer="torch.mm float32", dtype="float32")
+    gflops = [2e-9 * int(r["multiply_adds"]) / float(r["median_s"]) for r in (ours, other)]
+    return [
+        (
+            "refine stage, float32",
+            f"{gflops[0]:.0f} GFLOP/s",
+            f"`torch.mm`: {gflops[1]:.0f} GFLOP/s",
+            f"{gflops[0] / gflops[1]:.0%} of it",
+            "refine",
+        )
+    ]
+
+
+def scaling_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about long contexts."""
+    records = [r for r in read(results, "scaling") if r["series"] == "last rows"]
+    rows: list[tuple[str, ...]] = []
+    for keys in sorted({int(r["keys"]) for r in records})[1::3]:
+        ours = find(records, peer="hisa.index", keys=str(keys))
+        flat = find(records, peer="hisa.flat_index", keys=str(keys))
+        per_query = [
+            f"{1e6 * float(r['median_s']) / int(r['rows']):.0f} us a query" for r in (ours, flat)
+        ]
+        rows.append(
+            (
+                f"last {ours['rows']} queries of {keys} tokens, 16 heads",
+                per_query[0],
+                f"`flat_index`: {per_query[1]}",
+                f"{ratio(flat, ours):.1f}x time",
+                "scaling",
+            )
+        )
+    return rows
+
+
+def read(results: Path, case: str) -> list[Record]:
+    """Read a case's CSV file."""
+    with (results / f"{case}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def find(records: list[Record], **wanted: str) -> Record:
+    """Return the one record with the wanted values."""
+    (found,) = (r for r in records if all(r[key] == value for key, value in wanted.items()))
+    return found
+
+
+def ratio(a: Record, b: Record) -> float:
+    """Return the ratio of two median times."""
+    return float(a["median_s"]) / float(b["median_s"])
+
+
+def time(record: Record) -> str:
+    """Write a record's median time."""
+    return report.time_text(float(record["median_s"]))
+
+
+def memory(record: Record) -> str:
+    """Write a record's extra memory."""
+    size = record["peak_extra_bytes"]
+    return report.bytes_text(int(size)) if size else "memory not measured"
