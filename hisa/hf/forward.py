@@ -86,9 +86,15 @@ class PatchedForward(Replacement):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
+        cache: Any | None = None,
+        *,
         past_key_values: Any | None = None,
     ) -> Tensor:
-        """Return the selected tokens of every query, [B, S, min(topk, T)] int32."""
+        """Return the selected tokens of every query, [B, S, min(topk, T)] int32.
+
+        Callers name the cache `cache`, up to transformers 5.23 `past_key_values`.
+        """
+        cache = past_key_values if cache is None else cache
         found = self._find_windows(attention_mask, hidden_states)
         if found is None:
             own: Tensor = self.original(
@@ -97,7 +103,7 @@ class PatchedForward(Replacement):
                 position_embeddings,
                 attention_mask,
                 position_ids,
-                past_key_values,
+                cache,
             )
             return own
         selected = select(
@@ -108,7 +114,7 @@ class PatchedForward(Replacement):
             hidden_states,
             q_resid,
             position_embeddings,
-            past_key_values,
+            cache,
         )
         settings = self.shared.settings
         pruned = found.pruned_rows(settings.block_size, settings.block_topk)

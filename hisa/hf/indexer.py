@@ -35,7 +35,7 @@ def select(
     hidden_states: Tensor,
     q_resid: Tensor,
     position_embeddings: PositionEmbeddings,
-    past_key_values: Any | None,
+    cache: Any | None,
 ) -> Tensor:
     """Return the selected positions of every query, [B, S, min(topk, T)] int32.
 
@@ -44,8 +44,8 @@ def select(
     """
     batch, length = hidden_states.shape[:2]
     k = project_keys(module, spec, hidden_states, position_embeddings)
-    if past_key_values is not None:
-        k = past_key_values.update_indexer(k, module.layer_idx)
+    if cache is not None:
+        k = cache.update_indexer(k, module.layer_idx)
     if k.shape[:2] != (batch, windows.keys):
         raise ValueError(
             f"attention_mask: expected one column for each of the {k.shape[1]} keys, "

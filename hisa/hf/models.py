@@ -36,26 +36,28 @@ class IndexerSpec:
         return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
 
-HALF_SPLIT = "apply_rotary_pos_emb"  # pairs channel i with channel i + R / 2
+PLAIN = "apply_rotary_pos_emb"  # pairs channel i with i + R / 2 (that of hy_v4_vl: 2i with 2i + 1)
 INTERLEAVED = "apply_rotary_pos_emb_interleave"  # pairs channel 2i with channel 2i + 1
 
 SPECS = (
-    IndexerSpec("deepseek_v32", "DeepseekV32Indexer", HALF_SPLIT),
+    IndexerSpec("deepseek_v32", "DeepseekV32Indexer", PLAIN),
     IndexerSpec("glm_moe_dsa", "GlmMoeDsaIndexer", INTERLEAVED),
-    IndexerSpec("axk2", "AXK2Indexer", HALF_SPLIT),
-    IndexerSpec("hy_v4", "HYV4Indexer", HALF_SPLIT, rope_last=True, key_norm_in_weight_dtype=True),
+    IndexerSpec("axk2", "AXK2Indexer", PLAIN),
+    IndexerSpec("hy_v4", "HYV4Indexer", PLAIN, rope_last=True, key_norm_in_weight_dtype=True),
+    IndexerSpec("hy_v4_vl", "HYV4VLIndexer", PLAIN, rope_last=True, key_norm_in_weight_dtype=True),
     IndexerSpec("dots3_note", "Dots3NoteTextIndexer", INTERLEAVED),
 )
 
-# Every known indexer's forward takes these. Another signature is another indexer.
+# Every known indexer's forward takes these and then the cache, `past_key_values` up to transformers
+# 5.23, `cache` since. Another signature is another indexer.
 PARAMETERS = (
     "hidden_states",
     "q_resid",
     "position_embeddings",
     "attention_mask",
     "position_ids",
-    "past_key_values",
 )
+CACHE_NAMES = ("past_key_values", "cache")
 ATTRIBUTES = (
     "wq_b",
     "wk",
@@ -103,10 +105,11 @@ def recognise(name: str, module: nn.Module) -> IndexerSpec:
             f"{where}, an indexer that hisa.patch does not know. Supported: {supported()}"
         )
     found = tuple(inspect.signature(vars(definer)["forward"]).parameters)[1:]
-    if found != PARAMETERS:
+    if found not in {(*PARAMETERS, cache) for cache in CACHE_NAMES}:
         raise TypeError(
             f"{where} whose forward takes ({', '.join(found)}); this version of hisa knows "
-            f"({', '.join(PARAMETERS)}). Use a transformers version that has it (5.17 to 5.23 do)"
+            f"({', '.join(PARAMETERS)}, {' or '.join(CACHE_NAMES)}). "
+            "Use a transformers version that has it (5.17 to 5.24 do)"
         )
     missing = [name for name in ATTRIBUTES if getattr(module, name, None) is None]
     if not hasattr(sys.modules[spec.module_name], spec.rotary):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from hisa.hf.models import CACHE_NAMES
 
 TOPK = 16
 VOCAB = 61
@@ -58,6 +61,17 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa": ("GlmMoeDsa", {"indexer_types": ["full", "full", "shared"]}),
     "axk2": ("AXK2", {}),
     "hy_v4": ("HYV4", {"indexer_types": ["full", "full", "shared"]}),
+    "hy_v4_vl": (
+        "HYV4VLText",
+        {
+            "indexer_types": ["full", "full", "shared"],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+            },
+        },
+    ),
     "dots3_note": (
         "Dots3NoteText",
         {
@@ -77,9 +91,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Every model with every attention that it has; hy_v4 has no sdpa.
-VARIANTS = [(k, a) for k in KINDS for a in ("eager", "sdpa") if (k, a) != ("hy_v4", "sdpa")]
-GENERATING = tuple(kind for kind in KINDS if kind != "dots3_note")  # its text model only computes
+WITHOUT_SDPA = ("hy_v4", "hy_v4_vl")
+# Every model with every attention that it has.
+VARIANTS = [
+    (k, a) for k in KINDS for a in ("eager", "sdpa") if a == "eager" or k not in WITHOUT_SDPA
+]
+# The text models of the others only compute.
+GENERATING = tuple(kind for kind in KINDS if kind not in ("dots3_note", "hy_v4_vl"))
 
 
 def python_module(kind: str) -> Any:
@@ -123,6 +141,12 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Random tokens, none of them padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB, (batch, length), generator=generator)
+
+
+def cached(model: nn.Module, past: Any) -> dict[str, Any]:
+    """Return the argument by which a model's forward, and `generate`, takes a cache."""
+    known = inspect.signature(type(model).forward).parameters
+    return {next(name for name in CACHE_NAMES if name in known): past}
 
 
 class Margins(TorchFunctionMode):

@@ -18,6 +18,7 @@ from tests.hf.models import (
     COVERING,
     VARIANTS,
     build,
+    cached,
     indexers,
     own_result,
     shared_model,
@@ -108,7 +109,7 @@ def test_chunked_prefill_and_decode(model: Any, cache: str, padding: str) -> Non
         for start, end in itertools.pairwise(edges):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
             chunk = {"position_ids": positions, "attention_mask": mask[:, :end]}
-            states.append(hidden(model, ids[:, start:end], past_key_values=past, **chunk))
+            states.append(hidden(model, ids[:, start:end], **cached(model, past), **chunk))
         return torch.cat(states, dim=1)[mask.bool()]
 
     assert_same(model, run)
@@ -168,7 +169,8 @@ def test_continued_chat(generator: Any) -> None:
         past = transformers.DynamicCache(config=generator.config)
         ids = tokens(1, 30, seed)
         for turn in range(2):
-            ids = generator.generate(ids, past_key_values=past, max_new_tokens=4, do_sample=False)
+            options = {"max_new_tokens": 4, "do_sample": False, **cached(generator, past)}
+            ids = generator.generate(ids, **options)
             ids = torch.cat([ids, tokens(1, 9, seed + turn)], dim=1)
         return ids
 
@@ -184,14 +186,14 @@ def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype) -> None:
     model = build(kind).to(dtype)
     for indexer in indexers(model):
         indexer.weights_proj.float()  # as in a loaded checkpoint
-        if kind == "hy_v4":
+        if kind in ("hy_v4", "hy_v4_vl"):
             indexer.k_norm.float()
 
     def keys() -> Tensor:
         past: Any = transformers.DynamicCache(config=model.config)
-        hidden(model, tokens(2, 40), past_key_values=past)
-        cached: Tensor = past.layers[0].indexer_keys
-        return cached
+        hidden(model, tokens(2, 40), **cached(model, past))
+        kept: Tensor = past.layers[0].indexer_keys
+        return kept
 
     own = keys()
     with hisa.patch(model, **COVERING):

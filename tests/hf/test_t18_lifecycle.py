@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import hisa
+from hisa.hf.models import CACHE_NAMES
 from tests.hf.accelerate_hooks import CountingHook, add_hook, remove_hook
 from tests.hf.models import COVERING, PRUNING, build, indexers, tokens
+
+transformers: Any = pytest.importorskip("transformers")
 
 IDS = tokens(1, 60)
 
@@ -83,6 +86,19 @@ def test_a_part_of_a_model(deepseek: Any) -> None:
         assert [(s.name, s.calls) for s in other.status().layers] == [("", 1)]
         assert "forward" not in vars(indexers(deepseek)[0])
     assert is_original(deepseek)
+
+
+@pytest.mark.parametrize("how", ["positional", *CACHE_NAMES])
+def test_the_cache_by_any_name(deepseek: Any, how: str) -> None:
+    """Callers of older and of newer transformers name it differently."""
+    module = indexers(deepseek)[0]
+    past: Any = transformers.DynamicCache(config=deepseek.config)
+    turn = torch.ones(1, 20, 8), torch.zeros(1, 20, 8)
+    mask = torch.ones(20, 20).bool().tril()[None]
+    arguments: list[Any] = [torch.randn(1, 20, 32), torch.randn(1, 20, 16), turn, mask, None]
+    with hisa.patch(module, **COVERING):
+        module(*arguments, past) if how == "positional" else module(*arguments, **{how: past})
+    assert past.layers[0].indexer_keys.shape == (1, 20, 16)
 
 
 def test_a_failed_patch_changes_nothing(deepseek: Any) -> None:

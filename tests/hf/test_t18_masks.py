@@ -15,7 +15,9 @@ from torch import Tensor
 import hisa
 from hisa.hf import masks
 from hisa.hf.masks import WindowCache, Windows, scan
-from tests.hf.models import PRUNING, tokens
+from tests.hf.models import PRUNING, cached, tokens
+
+transformers: Any = pytest.importorskip("transformers")
 
 
 def windows_of(mask: Tensor) -> Windows:
@@ -153,13 +155,11 @@ def test_holes_fall_back_with_one_warning(deepseek: Any) -> None:
 
 
 def test_one_scan_per_model_forward(generator: Any) -> None:
-    past = None
+    past: Any = transformers.DynamicCache(config=generator.config)
     with hisa.patch(generator, **PRUNING) as handle:
         for forward in range(1, 6):
             mask = torch.ones(2, 40 * forward, dtype=torch.long)
-            past = generator(
-                tokens(2, 40), past_key_values=past, attention_mask=mask
-            ).past_key_values
+            generator(tokens(2, 40), attention_mask=mask, **cached(generator, past))
             assert handle.status().mask_scans == forward
         generator.generate(tokens(1, 40), max_new_tokens=7, do_sample=False)
         assert handle.status().mask_scans == 5 + 7

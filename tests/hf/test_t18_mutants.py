@@ -17,7 +17,7 @@ from torch import Tensor
 import hisa
 from hisa.hf import indexer as under_test
 from hisa.hf import masks
-from hisa.hf.models import HALF_SPLIT
+from hisa.hf.models import rotary
 from tests.hf.models import shared_model, tokens
 from tests.hf.test_t18_golden import LENGTH, PADDING, assert_same, hidden
 
@@ -25,16 +25,22 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def other_rotary(patcher: pytest.MonkeyPatch) -> None:
-    both = importlib.import_module("transformers.models.deepseek_v32.modeling_deepseek_v32")
-    patcher.setattr(
-        under_test,
-        "rotary",
-        lambda spec: (
-            both.apply_rotary_pos_emb_interleave
-            if spec.rotary == HALF_SPLIT
-            else both.apply_rotary_pos_emb
-        ),
-    )
+    """Pair the channels in the other way, whatever the model's own function is called."""
+    module = importlib.import_module("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    x = torch.arange(16.0).view(1, 2, 1, 8)  # two positions
+    angle = torch.tensor([[[0.0], [1.0]]]) / torch.arange(1.0, 5.0).repeat(2)
+
+    def dot(function: Any) -> float:
+        """Of a query at one position and a key at another; the channels' order plays no part."""
+        q, k = function(x, x, angle.cos(), angle.sin(), unsqueeze_dim=2)
+        return float((q[:, 0] * k[:, 1]).sum())
+
+    def other(spec: Any) -> Any:
+        both = module.apply_rotary_pos_emb, module.apply_rotary_pos_emb_interleave
+        (different,) = (f for f in both if abs(dot(f) - dot(rotary(spec))) > 1)
+        return different
+
+    patcher.setattr(under_test, "rotary", other)
 
 
 def change_keys(change: Callable[..., Tensor]) -> Mutation:
