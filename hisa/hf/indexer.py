@@ -21,7 +21,7 @@ from .masks import Windows
 from .models import IndexerSpec, rotary
 from .settings import Settings
 
-CHUNK_BYTES = 4 << 20  # of projected queries handled together: small enough for the caches
+CHUNK_BYTES = 16 << 20  # of projected queries handled together; weights are read once per chunk
 
 PositionEmbeddings = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
 Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
