@@ -1,4 +1,4 @@
-"""Inputs that several cases share, and a peer: the flat indexer in plain torch."""
+"""Inputs that several cases share, and two peers: the flat indexer in plain torch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,24 @@ def causal(rows: int, keys: int, heads: int, dim: int, dtype: str) -> Inputs:
 def torch_flat(inputs: Inputs, topk: int, chunk: int) -> Tensor:
     """Run the flat indexer in plain torch, `chunk` rows at a time: [M, topk], -1 in unused slots.
 
-    As fast as plain torch allows: one matrix product per chunk into a buffer that is made once,
-    without the keys that no row of the chunk may see, and without sorting the selection.
+    As one writes it, without the keys that no row of the chunk may see.
+    """
+    q, k, weights, ks, ke = inputs
+    indices = torch.full((q.shape[0], topk), -1, dtype=torch.int32)
+    for start in range(0, q.shape[0], chunk):
+        part = slice(start, start + chunk)
+        end = int(ke[part].max())
+        dots = torch.einsum("mhd,nd->mhn", q[part].float(), k[:end].float())
+        scores = (dots.relu() * weights[part, :, None]).sum(1)
+        choose(scores, ks[part, None], ke[part, None], indices[part])
+    return indices
+
+
+def torch_flat_tuned(inputs: Inputs, topk: int, chunk: int) -> Tensor:
+    """Do the same as fast as plain torch allows.
+
+    One matrix product per chunk into a buffer that is made once, ReLU in place, the sum over heads
+    as another matrix product.
     """
     q, k, weights, ks, ke = inputs
     rows, heads, _ = q.shape
@@ -47,12 +63,17 @@ def torch_flat(inputs: Inputs, topk: int, chunk: int) -> Tensor:
         dots = buffer[: count * heads * end].view(count * heads, end)
         torch.mm(q[part].float().flatten(0, 1), k[:end].T, out=dots).relu_()
         scores = torch.bmm(weights[part, None], dots.view(count, heads, end)).squeeze(1)
-        tokens = torch.arange(end)
-        scores.masked_fill_((tokens < ks[part, None]) | (tokens >= ke[part, None]), -torch.inf)
-        best = scores.topk(min(topk, end), sorted=False)
-        chosen = (best.indices - ks[part, None]).masked_fill_(best.values == -torch.inf, -1)
-        indices[part, : chosen.shape[1]] = chosen
+        choose(scores, ks[part, None], ke[part, None], indices[part])
     return indices
+
+
+def choose(scores: Tensor, ks: Tensor, ke: Tensor, indices: Tensor) -> None:
+    """Write the best tokens of each row's window into `indices` [R, topk], in no order."""
+    tokens = torch.arange(scores.shape[1])
+    scores.masked_fill_((tokens < ks) | (tokens >= ke), -torch.inf)
+    best = scores.topk(min(indices.shape[1], scores.shape[1]), sorted=False)
+    chosen = (best.indices - ks).masked_fill_(best.values == -torch.inf, -1)
+    indices[:, : chosen.shape[1]] = chosen
 
 
 def overlap(a: Tensor, b: Tensor) -> float:
