@@ -4,8 +4,12 @@
 #include <atomic>
 #include <cstring>
 
+#include "../support.h"
+
 namespace hisa::cpu {
 namespace {
+
+static_assert(kMaxDim == support::kMaxDim, "pooled keys are collected on the stack");
 
 constexpr int kMaxSets = 3;
 

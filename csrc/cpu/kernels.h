@@ -13,6 +13,7 @@
 namespace hisa::cpu {
 
 inline constexpr int64_t kTileKeys = 128;  // keys that are packed at a time
+inline constexpr int64_t kMaxDim = 256;    // of a pooled block
 
 // One query against a tile of packed keys.
 struct ScoreTile {

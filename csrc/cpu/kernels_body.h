@@ -4,7 +4,7 @@
 // compiled with different flags, so they must not share a symbol, nor include a header that would
 // make them do so. `Isa` provides
 //   Vec, kLanes            a vector of fp32 and its width
-//   zero, load, store, broadcast, fma, mul, relu
+//   zero, load, store, broadcast, fma, relu
 //   kHeads                 heads per register tile
 //   widen<type>(source, target, n)
 //   pack_rows<type>(rows, target, dim, ld)  transpose kPackRows keys of `dim` elements; null: zeros
@@ -19,7 +19,6 @@ namespace hisa::cpu {
 namespace {
 
 constexpr int kPanelVectors = 2;
-constexpr int64_t kMaxDim = 256;
 
 // Call `f` with the element type as a compile-time constant.
 template <class F>

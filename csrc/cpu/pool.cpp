@@ -19,7 +19,6 @@ namespace {
 
 constexpr float kFp8Max = 448.0F;
 constexpr float kMinScale = 1e-10F;
-constexpr size_t kMaxDim = 256;
 
 template <class T>
 void narrow(const float* source, void* target, int64_t n) {
