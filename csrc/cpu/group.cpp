@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace hisa::cpu {
 namespace {
@@ -94,7 +95,8 @@ void Group::load_queries() {
   loaded_ = true;
 }
 
-void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans) {
+void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans,
+                      Segment ahead) {
   std::array<Segment, kGroupRows> wanted{};
   Segment all{end, begin};
   for (size_t i = 0; i < static_cast<size_t>(count_); ++i) {
@@ -105,6 +107,9 @@ void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans&
   if (all.begin >= all.end || poll_.stop()) return;
 
   if (!loaded_) load_queries();
+  const int64_t row_bytes = keys.stride * element_size(keys.type);
+  const void* next = static_cast<const std::byte*>(keys.data) + ahead.begin * row_bytes;
+  int64_t next_bytes = (ahead.end - ahead.begin) * row_bytes;
   kernels_.pack(keys, all.begin, all.end, packed_);
   for (size_t i = 0; i < static_cast<size_t>(count_) && !poll_.stop(); ++i) {
     if (wanted[i].begin >= wanted[i].end) continue;
@@ -120,6 +125,8 @@ void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans&
         .dim = keys.dim,
         .count = wanted[i].end - start,
         .scores = scores_,
+        .ahead = next,
+        .ahead_bytes = std::exchange(next_bytes, 0),
     });
     selectors_[i].offer(scores_ + (wanted[i].begin - start), wanted[i].end - wanted[i].begin,
                         wanted[i].begin - spans[i].first);

@@ -53,8 +53,10 @@ class Group {
 
   // Empty row i's selector and have it choose `count`.
   void select(int64_t i, int64_t count);
-  // Score keys [begin, end), at most kTileKeys, for the rows whose span meets them.
-  void scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans);
+  // Score keys [begin, end), at most kTileKeys, for the rows whose span meets them. Meanwhile the
+  // keys `ahead` are fetched; worth it where they lie elsewhere.
+  void scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans,
+                 Segment ahead = {});
   // Score every row's whole span.
   void scan(const Keys& keys, const Spans& spans);
   // Write what the selectors chose, and -1 and -inf behind it.

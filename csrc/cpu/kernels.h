@@ -24,6 +24,8 @@ struct ScoreTile {
   int64_t heads, dim;
   int64_t count;  // keys to score
   float* scores;  // [count] rounded up to a whole panel
+  const void* ahead;    // bytes that will be read next, fetched meanwhile; may be null
+  int64_t ahead_bytes;
 };
 
 // One block of keys, to be pooled to one key.

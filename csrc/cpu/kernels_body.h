@@ -37,6 +37,18 @@ inline const void* element(const void* data, int64_t i, ElementType type) {
   return static_cast<const char*>(data) + i * element_size(type);
 }
 
+// Memory that will be read next, asked for a cache line at a time while there is arithmetic to do.
+struct Ahead {
+  const char* next;
+  const char* end;
+
+  void step() {
+    if (next >= end) return;
+    __builtin_prefetch(next, 0, 2);  // to the second level: the first is full of what is in use
+    next += 64;
+  }
+};
+
 template <class Isa>
 struct Body {
   using Vec = typename Isa::Vec;
@@ -84,7 +96,7 @@ struct Body {
   // Add kHeads heads' share to the scores of one panel: sum[n] += w[h] * relu(q[h] . keys[n]).
   template <int kVectors, int kHeads>
   static inline void add_heads(const float* query, const float* weights, int64_t dim,
-                               const float* keys, Vec (&sum)[kVectors]) {
+                               const float* keys, Ahead& ahead, Vec (&sum)[kVectors]) {
     Vec dots[kHeads][kVectors];
 #pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h) {
@@ -92,6 +104,7 @@ struct Body {
       for (int v = 0; v < kVectors; ++v) dots[h][v] = Isa::zero();
     }
     for (int64_t d = 0; d < dim; ++d, keys += kPanel) {
+      ahead.step();
       Vec key[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) key[v] = Isa::load(keys + v * Isa::kLanes);
@@ -112,16 +125,18 @@ struct Body {
 
   template <int kVectors, int kHeads>
   static inline void add_some_heads(int64_t heads, const float* query, const float* weights,
-                                    int64_t dim, const float* keys, Vec (&sum)[kVectors]) {
+                                    int64_t dim, const float* keys, Ahead& ahead,
+                                    Vec (&sum)[kVectors]) {
     if constexpr (kHeads > 0) {
-      if (heads == kHeads) return add_heads<kVectors, kHeads>(query, weights, dim, keys, sum);
-      add_some_heads<kVectors, kHeads - 1>(heads, query, weights, dim, keys, sum);
+      if (heads == kHeads)
+        return add_heads<kVectors, kHeads>(query, weights, dim, keys, ahead, sum);
+      add_some_heads<kVectors, kHeads - 1>(heads, query, weights, dim, keys, ahead, sum);
     }
   }
 
   // One query against one panel. The heads are cut into register tiles of nearly equal size.
   template <int kVectors>
-  static inline void score_panel(const ScoreTile& tile, int64_t first) {
+  static inline void score_panel(const ScoreTile& tile, int64_t first, Ahead& ahead) {
     const float* keys = tile.packed + first * tile.dim;
     Vec sum[kVectors];
     for (Vec& s : sum) s = Isa::zero();
@@ -130,17 +145,19 @@ struct Body {
       const int64_t head = cut * tile.heads / cuts;
       const int64_t heads = (cut + 1) * tile.heads / cuts - head;
       add_some_heads<kVectors, Isa::kHeads>(heads, tile.query + head * tile.dim,
-                                            tile.weights + head, tile.dim, keys, sum);
+                                            tile.weights + head, tile.dim, keys, ahead, sum);
     }
     for (int v = 0; v < kVectors; ++v) Isa::store(tile.scores + first + v * Isa::kLanes, sum[v]);
   }
 
   static void score(const ScoreTile& tile) {
+    const auto* next = static_cast<const char*>(tile.ahead);
+    Ahead ahead{next, next + tile.ahead_bytes};
     for (int64_t first = 0; first < tile.count; first += kPanel) {
       if (tile.count - first > Isa::kLanes)
-        score_panel<kPanelVectors>(tile, first);
+        score_panel<kPanelVectors>(tile, first, ahead);
       else
-        score_panel<1>(tile, first);
+        score_panel<1>(tile, first, ahead);
     }
     if (tile.scale != nullptr)
       for (int64_t n = 0; n < tile.count; ++n) tile.scores[n] = tile.scale[n] * tile.scores[n];

@@ -46,10 +46,13 @@ void refine(const IndexParams& params, Group& group) {
     return j < group.block_count(i) ? group.blocks(i)[j] : kDone;
   };
 
-  while (true) {
+  const auto next_start = [&] {
     int64_t start = kDone;
     for (int64_t i = 0; i < group.count(); ++i) start = std::min(start, next_block(i));
-    if (start == kDone) break;
+    return start;
+  };
+
+  for (int64_t start = next_start(), next; start != kDone; start = next) {
     Spans spans{};
     int64_t end = 0;
     for (int64_t i = 0; i < group.count(); ++i) {
@@ -59,8 +62,12 @@ void refine(const IndexParams& params, Group& group) {
       end = std::max(end, span.end);
       ++cursor[static_cast<size_t>(i)];
     }
+    next = next_start();
+    const Segment ahead =
+        next == kDone ? Segment{}
+                      : Segment{next, std::min(next + params.block_size, params.keys.count)};
     for (int64_t tile = start; tile < end; tile += kTileKeys)
-      group.scan_tile(params.keys, tile, std::min(tile + kTileKeys, end), spans);
+      group.scan_tile(params.keys, tile, std::min(tile + kTileKeys, end), spans, ahead);
   }
 }
 
