@@ -89,6 +89,40 @@ def test_call_order(family: Family) -> None:
             assert same(family.index(cases[i * step % 6]), want[i * step % 6])
 
 
+FLUSHING = """
+import torch, hisa
+from tests.families import FAMILIES
+family = next(f for f in FAMILIES if f.name == {name!r})
+torch.set_num_threads(2)
+q = torch.zeros(64, 1, 16)
+q[:, :, 0] = 1
+k = torch.zeros(64, 16)
+k[:, 0] = torch.arange(64) + 1
+w = torch.full((64, 1), 2.0**-147)
+small = torch.randn(4096, 16) * 2.0**-128
+with family.active():
+    want = hisa.flat_index(q, k, w, topk=8), hisa.pool_keys(small, block_size=8)[0]
+    torch.set_flush_denormal(True)  # on this thread only
+    for _ in range(100):
+        assert torch.equal(hisa.flat_index(q, k, w, topk=8), want[0])
+        assert torch.equal(hisa.pool_keys(small, block_size=8)[0].view(torch.int32),
+                           want[1].view(torch.int32))
+assert (torch.tensor([2.0**-140]) * 2.0**-5).item() == 0, "the caller's setting is left alone"
+print("right")
+"""
+
+
+def test_flush_to_zero_on_some_threads(family: Family) -> None:
+    """Subnormals count, whatever the floating-point settings of the threads that run the rows."""
+    run = subprocess.run(
+        [sys.executable, "-c", FLUSHING.format(name=family.name)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == "right\n", run.stderr
+
+
 SCRIPT = """
 import hashlib, torch, hisa
 from tests.test_t06_determinism import workload

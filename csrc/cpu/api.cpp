@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "../entry.h"
+#include "float_environment.h"
 #include "run.h"
 #include "stages.h"
 
@@ -15,8 +16,10 @@ struct Cpu {
   explicit Cpu(const Tensor&) {}
 
   void pool(const PoolParams& params) {
-    at::parallel_for(0, params.slots, 1,
-                     [&](int64_t begin, int64_t end) { cpu::pool(params, begin, end); });
+    at::parallel_for(0, params.slots, 1, [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      cpu::pool(params, begin, end);
+    });
   }
 
   void index(const IndexParams& params, const Shape& shape) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "float_environment.h"
 #include "plan.h"
 
 namespace hisa::cpu {
@@ -20,6 +21,7 @@ void run_groups(const Plan& plan, const Params& params, const Stages& stages) {
   std::atomic<int64_t> taken{0};
   InterruptPoll poll;
   at::parallel_for(0, plan.threads, 1, [&](int64_t first_thread, int64_t end_thread) {
+    const FloatEnvironment environment;
     for (int64_t thread = first_thread; thread < end_thread; ++thread) {
       Group group(plan.sizes, base + thread * plan.thread_bytes, poll);
       for (int64_t i = taken++; i < plan.groups && !poll.stop(); i = taken++) {
