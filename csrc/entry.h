@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -20,17 +21,18 @@ using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 
 // Rows may lie apart or on top of each other; their elements must be adjacent, and every row must
-// begin at a multiple of `alignment` bytes.
-inline Tensor adjacent(const Tensor& tensor, int64_t alignment) {
-  bool suits = tensor.stride(-1) == 1 &&
-               reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0;
+// begin at a multiple of `alignment` bytes and of an element's size.
+inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1) {
+  const int64_t step = std::max<int64_t>(alignment, tensor.element_size());
+  bool suits =
+      tensor.stride(-1) == 1 && reinterpret_cast<intptr_t>(tensor.const_data_ptr()) % step == 0;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
-    suits = suits && tensor.stride(d) * tensor.element_size() % alignment == 0;
+    suits = suits && tensor.stride(d) * tensor.element_size() % step == 0;
   return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
-inline OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+inline OptionalTensor adjacent(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(adjacent(*tensor)) : std::nullopt;
 }
 
 template <class T>
@@ -102,8 +104,8 @@ TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
   check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
-  return pool_checked(device, adjacent(k, Device::kAlignment), contiguous(k_scale),
-                      contiguous(cu_seqlens_k), block_size, parse_pooling(pooling));
+  return pool_checked(device, adjacent(k, Device::kAlignment), adjacent(k_scale),
+                      adjacent(cu_seqlens_k), block_size, parse_pooling(pooling));
 }
 
 template <class Device>
@@ -119,14 +121,14 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
 
   const Tensor queries = adjacent(q, Device::kAlignment);
   const Tensor keys = adjacent(k, Device::kAlignment);
-  const Tensor head_weights = adjacent(weights, sizeof(float));
-  const OptionalTensor scale = contiguous(k_scale);
-  const OptionalTensor segments = contiguous(cu_seqlens_k);
-  const OptionalTensor start = contiguous(ks);
-  const OptionalTensor end = contiguous(ke);
+  const Tensor head_weights = adjacent(weights);
+  const OptionalTensor scale = adjacent(k_scale);
+  const OptionalTensor segments = adjacent(cu_seqlens_k);
+  const OptionalTensor start = adjacent(ks);
+  const OptionalTensor end = adjacent(ke);
   const TwoTensors pooled =
       pooled_k.has_value()
-          ? TwoTensors{adjacent(*pooled_k, Device::kAlignment), pooled_scale->contiguous()}
+          ? TwoTensors{adjacent(*pooled_k, Device::kAlignment), adjacent(*pooled_scale)}
           : pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
 
   TwoTensors output = make_output(q, topk, return_scores);
@@ -159,10 +161,10 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
 
   const Tensor queries = adjacent(q, Device::kAlignment);
   const Tensor keys = adjacent(k, Device::kAlignment);
-  const Tensor head_weights = adjacent(weights, sizeof(float));
-  const OptionalTensor scale = contiguous(k_scale);
-  const OptionalTensor start = contiguous(ks);
-  const OptionalTensor end = contiguous(ke);
+  const Tensor head_weights = adjacent(weights);
+  const OptionalTensor scale = adjacent(k_scale);
+  const OptionalTensor start = adjacent(ks);
+  const OptionalTensor end = adjacent(ke);
 
   TwoTensors output = make_output(q, topk, return_scores);
   device.flat({.queries = make_queries(queries, head_weights),

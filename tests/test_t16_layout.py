@@ -17,7 +17,7 @@ from tests.builders import exact_case, int32
 from tests.case import Case, same_bytes
 from tests.checker import assert_same
 from tests.families import Family
-from tests.numeric import DTYPES, short_name
+from tests.numeric import DTYPES, FP8, short_name
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -46,6 +46,16 @@ def offset(elements: int) -> Layout:
     return apply
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """Start one byte into the memory: not even an element is aligned."""
+    memory = bytearray(1 + tensor.numel() * tensor.element_size())
+    copy = torch.frombuffer(memory, dtype=torch.uint8, offset=1)
+    copy.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    if tensor.dtype == FP8:
+        return copy.view(FP8).view(tensor.shape)
+    return torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape)
+
+
 def padded_rows(tensor: Tensor) -> Tensor:
     """Rows longer in memory than in shape, by an odd number of elements."""
     shape = [*tensor.shape[:-1], tensor.shape[-1] + 3]
@@ -71,6 +81,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 LAYOUTS: dict[str, Layout] = {
     **{f"offset {n}": offset(n) for n in range(1, 16)},
+    "misaligned": misaligned,
     "padded rows": padded_rows,
     "every second row": every_second,
     "strided columns": strided_columns,
