@@ -4,29 +4,50 @@
 
 namespace hisa {
 
+namespace {
+
+// Sums over the windows of 1, 2, ... `longest` tokens of the keys that are scored for one row.
+struct Sums {
+  const Shape& shape;
+
+  // f(1) + ... + f(n) for f(i) = ceil(i / size).
+  static int64_t ceilings(int64_t n, int64_t size) {
+    const int64_t whole = n / size;
+    return size * (whole * (whole + 1) / 2) + n % size * (whole + 1);
+  }
+  // Tokens in the kept blocks at most; a window is pruned if it has more.
+  int64_t budget() const {
+    return shape.flat() ? shape.keys : std::min(shape.block_topk, shape.slots()) * shape.block_size;
+  }
+  int64_t tokens(int64_t longest) const {
+    const int64_t whole = std::min(longest, budget());
+    return whole * (whole + 1) / 2 + (longest - whole) * budget();
+  }
+  // Blocks between the first and the last.
+  int64_t blocks(int64_t longest) const {
+    if (shape.flat() || shape.block_topk <= 2 || longest <= budget()) return 0;
+    return ceilings(longest, shape.block_size) - ceilings(budget(), shape.block_size) -
+           2 * (longest - budget());
+  }
+};
+
+}  // namespace
+
 KeyCounts count_keys(const Shape& shape, bool causal) {
-  const int64_t size = std::max<int64_t>(shape.block_size, 1);
-  int64_t blocks = 0;  // pooled keys scored
-  int64_t tokens = 0;  // keys scored
-  const auto add_row = [&](int64_t window, int64_t times) {
-    const int64_t met = shape.flat() ? 0 : (window + size - 1) / size;
-    const bool prunes = !shape.flat() && met > shape.block_topk;
-    blocks += prunes && shape.block_topk > 2 ? times * (met - 2) : 0;
-    tokens += times * (prunes ? std::min(window, shape.block_topk * size) : window);
-  };
-  if (causal)
-    for (int64_t m = 0; m < shape.rows; ++m)
-      add_row(std::clamp<int64_t>(shape.keys - shape.rows + m + 1, 0, shape.keys), 1);
-  else
-    add_row(shape.keys, shape.rows);
+  const Sums sums{shape};
+  // Windows of `shorter` + 1 to N tokens, or `times` windows of N tokens.
+  const int64_t shorter = std::max<int64_t>(causal ? shape.keys - shape.rows : shape.keys - 1, 0);
+  const int64_t times = causal ? 1 : shape.rows;
 
   KeyCounts counts;
   const auto add = [&](const char* stage, int64_t keys) {
     if (keys > 0) counts.emplace_back(stage, keys);
   };
   if (!shape.flat() && !shape.pooled) add("pool", shape.keys);
-  add("coarse", blocks);
-  add(shape.flat() ? "flat" : "refine", tokens);
+  if (shape.keys > 0) {
+    add("coarse", times * (sums.blocks(shape.keys) - sums.blocks(shorter)));
+    add(shape.flat() ? "flat" : "refine", times * (sums.tokens(shape.keys) - sums.tokens(shorter)));
+  }
   return counts;
 }
 

@@ -51,6 +51,8 @@ void set_cpu_isa(const std::string& name) {
 py::dict plan(bool cuda, int64_t rows, int64_t keys, int64_t heads, int64_t dim,
               at::ScalarType dtype, int64_t topk, bool flat, int64_t block_size, int64_t block_topk,
               bool pooled, bool causal, int64_t threads) {
+  TORCH_CHECK_VALUE(rows >= 0 && rows <= support::kMaxRows,
+                    join("M: expected 0 to ", support::kMaxRows, ", got ", rows));
   check_sizes(heads, dim, keys);
   flat ? check_topk(topk) : check_block_sizes(block_size, block_topk, topk);
   const Shape shape{.rows = rows,

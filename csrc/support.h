@@ -12,6 +12,7 @@ inline constexpr int64_t kDimStep = 16;          // D a multiple of 16 ...
 inline constexpr int64_t kMaxDim = 256;          // ... up to 256
 inline constexpr int64_t kMinBlockTopk = 2;      // the first and the last block are always kept
 inline constexpr int64_t kMaxKeys = 2147483647;  // indices are int32
+inline constexpr int64_t kMaxRows = 2147483647;  // of a plan, so that its counts fit in 64 bits
 // dtypes of q and k: see element_type() in checks.cpp, which the same text names.
 inline constexpr const char* kElementTypes = "float32, bfloat16, float16 or float8_e4m3fn";
 inline constexpr const char* kPoolings = "\"mean\" or \"max\"";

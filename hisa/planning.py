@@ -83,8 +83,6 @@ def plan(
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     if op not in ("index", "flat_index"):
         raise ValueError(f'op: expected "index" or "flat_index", got "{op}"')
-    if M < 0:
-        raise ValueError(f"M: expected at least 0, got {M}")
     flat = op == "flat_index"
     guarded = where.type == "cuda" and module.build_info()["cuda"]
     with torch.cuda.device(where) if guarded else nullcontext():

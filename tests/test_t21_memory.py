@@ -5,6 +5,7 @@ Catches an [M, N] or [M, H, N] tensor anywhere, a workspace that grows with M or
 
 from __future__ import annotations
 
+import itertools
 import resource
 import subprocess
 import sys
@@ -83,6 +84,24 @@ def test_operations_at_the_limits() -> None:
     plan = hisa.plan(10**6, 2**31 - 1, 64, 128, op="flat_index")
     assert plan.operations == {"flat": 10**6 * (2**31 - 1) * 64 * 128}
     assert plan.kernels.keys() == plan.operations.keys()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block_topk", [2, 3, 7])
+def test_operations_are_counted_row_by_row(causal: bool, block_topk: int) -> None:
+    """The sums in closed form are those of the rows, at every edge of blocks and windows."""
+    size, topk, dim = 8, 4, 16
+    for rows, keys in itertools.product((0, 1, 5, 40), (0, 1, 7, 8, 9, 23, 24, 25, 61)):
+        windows = [min(max(keys - rows + m + 1, 0), keys) for m in range(rows)]
+        want: dict[str, int] = {"pool": keys, "coarse": 0, "refine": 0}
+        for window in windows if causal else [keys] * rows:
+            blocks = -(-window // size)
+            want["coarse"] += max(blocks - 2, 0) if 2 < block_topk < blocks else 0
+            want["refine"] += min(window, block_topk * size)
+        plan = hisa.plan(
+            rows, keys, 1, dim, block_size=size, block_topk=block_topk, topk=topk, causal=causal
+        )
+        assert plan.operations == {stage: n * dim for stage, n in want.items() if n}, (rows, keys)
 
 
 def resident() -> int:
