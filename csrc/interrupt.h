@@ -9,7 +9,7 @@ namespace hisa {
 
 // What the Python module provides; without it nothing is ever pending.
 struct InterruptHooks {
-  bool (*pending)() = nullptr;  // true once a signal handler has raised
+  bool (*pending)() = nullptr;  // true once a signal handler has raised, on Python's main thread
   void (*raise)() = nullptr;    // throw what it raised
 };
 

@@ -34,11 +34,12 @@ py::dict build_info() {
 #else
   const bool cuda = false;
 #endif
-  return py::dict("cuda"_a = cuda, "compiler"_a = __VERSION__, "torch"_a = TORCH_VERSION,
-                  "cpu_isa"_a = cpu::kernels().name, "cpu_isa_available"_a = available_isas(),
-                  "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
-                  "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,
-                  "min_block_topk"_a = support::kMinBlockTopk);
+  return py::dict(
+      "cuda"_a = cuda, "compiler"_a = __VERSION__, "torch"_a = TORCH_VERSION,
+      "cpu_isa"_a = cpu::kernels().name, "cpu_isa_available"_a = available_isas(),
+      "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
+      "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,
+      "min_block_topk"_a = support::kMinBlockTopk);
 }
 
 void set_cpu_isa(const std::string& name) {
@@ -80,7 +81,10 @@ void check_index(const at::Tensor& q, const at::Tensor& k, const at::Tensor& wei
                        block_size, block_topk, topk, pooling});
 }
 
+unsigned long main_thread = 0;  // the only one on which Python runs signal handlers
+
 bool signal_pending() {
+  if (PyThread_get_thread_ident() != main_thread) return false;
   const py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }
@@ -94,6 +98,8 @@ void raise_signal() {
 }  // namespace hisa
 
 PYBIND11_MODULE(_C, m) {
+  hisa::main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   hisa::interrupt_hooks() = {&hisa::signal_pending, &hisa::raise_signal};
   m.def("build_info", &hisa::build_info);
   m.def("set_cpu_isa", &hisa::set_cpu_isa);

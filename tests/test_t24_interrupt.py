@@ -61,6 +61,25 @@ def test_interrupt(family: Family, op: str, threads: int) -> None:
     assert float(lines[1]) - sent < PROMPT
 
 
+DAEMON = """
+import threading, time, torch, hisa
+q, w = torch.ones(1, 8, 128).expand(400_000, 8, 128), torch.ones(1, 8).expand(400_000, 8)
+k = torch.ones(60_000, 128)
+thread = threading.Thread(target=lambda: hisa.flat_index(q, k, w, topk=8), daemon=True)
+thread.start()
+time.sleep(0.5)
+assert thread.is_alive()
+print("leaving", flush=True)
+"""
+
+
+def test_leaving_with_a_call_under_way() -> None:
+    """The process ends in peace while another thread is inside of a long call."""
+    run = subprocess.run([sys.executable, "-c", DAEMON], capture_output=True, text=True,
+                         cwd=Path(__file__).parent.parent, timeout=60)  # fmt: skip
+    assert run.stdout == "leaving\n" and run.returncode == 0, run.stderr
+
+
 IN_THREAD = """
 import threading, torch, hisa
 q, k, w = torch.randn(1000, 4, 64), torch.randn(8000, 64), torch.randn(1000, 4)
