@@ -68,8 +68,6 @@ struct Expected {
     TORCH_CHECK_VALUE(got.device() == k.device(),
                       join(name, ": expected a tensor on ", k.device().str(),
                            " as k is, got one on ", got.device().str()));
-    TORCH_CHECK_VALUE(got.layout() == at::kStrided,
-                      join(name, ": expected a strided tensor, got a sparse one"));
   }
 
   void check(const OptionalTensor& got, const Tensor& k) const {
@@ -81,7 +79,6 @@ void check_keys(const Tensor& k, const OptionalTensor& k_scale) {
   TORCH_CHECK_TYPE(is_element_type(k.scalar_type()),
                    join("k: expected [N, D] ", support::kElementTypes, ", got ", describe(k)));
   TORCH_CHECK_VALUE(k.dim() == 2, join("k: expected [N, D], got ", describe(k)));
-  TORCH_CHECK_VALUE(k.layout() == at::kStrided, "k: expected a strided tensor, got a sparse one");
   check_sizes(1, k.size(1), k.size(0));
   Expected{"k_scale", "[N]", ScalarType::Float, {k.size(0)}}.check(k_scale, k);
 }
@@ -179,8 +176,8 @@ ElementType element_type(ScalarType dtype) {
     case ScalarType::Half: return ElementType::kFloat16;
     case ScalarType::Float8_e4m3fn: return ElementType::kFloat8E4M3;
     default:
-      TORCH_CHECK_TYPE(false,
-                       join("expected ", support::kElementTypes, ", got ", dtype_name(dtype)));
+      TORCH_CHECK_TYPE(
+          false, join("dtype: expected ", support::kElementTypes, ", got ", dtype_name(dtype)));
   }
 }
 

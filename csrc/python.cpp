@@ -39,7 +39,8 @@ py::dict build_info() {
       "cpu_isa"_a = cpu::kernels().name, "cpu_isa_available"_a = available_isas(),
       "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
       "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,
-      "min_block_topk"_a = support::kMinBlockTopk);
+      "min_block_topk"_a = support::kMinBlockTopk,
+      "dtypes"_a = py::make_tuple(at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn));
 }
 
 void set_cpu_isa(const std::string& name) {
@@ -70,7 +71,7 @@ py::dict plan(bool cuda, int64_t rows, int64_t keys, int64_t heads, int64_t dim,
                   "keys"_a = count_keys(shape, causal));
 }
 
-// Exposes the checks of `index` without running it.
+// Expose the checks of the operators without running them.
 void check_index(const at::Tensor& q, const at::Tensor& k, const at::Tensor& weights,
                  const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& ks,
                  const std::optional<at::Tensor>& ke, const std::optional<at::Tensor>& cu_seqlens_k,
@@ -79,6 +80,12 @@ void check_index(const at::Tensor& q, const at::Tensor& k, const at::Tensor& wei
                  int64_t block_topk, int64_t topk, const std::string& pooling) {
   check(IndexArguments{q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled_k, pooled_scale,
                        block_size, block_topk, topk, pooling});
+}
+
+void check_flat_index(const at::Tensor& q, const at::Tensor& k, const at::Tensor& weights,
+                      const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& ks,
+                      const std::optional<at::Tensor>& ke, int64_t topk) {
+  check(FlatArguments{q, k, weights, k_scale, ks, ke, topk});
 }
 
 unsigned long main_thread = 0;  // the only one on which Python runs signal handlers
@@ -105,4 +112,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &hisa::set_cpu_isa);
   m.def("plan", &hisa::plan);
   m.def("check_index", &hisa::check_index);
+  m.def("check_flat_index", &hisa::check_flat_index);
+  m.def("check_sizes", &hisa::check_sizes);
+  m.def("check_topk", &hisa::check_topk);
+  m.def("check_block_sizes", &hisa::check_block_sizes);
+  m.def("check_pooling", [](const std::string& name) { hisa::parse_pooling(name); });
 }

@@ -4,16 +4,63 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _extension
 
+OPTIONAL = (Tensor, type(None))
+NUMBER = (int, torch.SymInt)
+
 
 def check_types(expected: type | tuple[type, ...], **arguments: object) -> None:
-    """Raise TypeError for the first argument that is not an instance of `expected`."""
+    """Raise for the first argument that is not an instance of `expected`, or an unusable one."""
     for name, value in arguments.items():
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             wanted = expected[0] if isinstance(expected, tuple) else expected
             raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got one of {value.layout}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
+
+
+def check_index_types(
+    q: object,
+    k: object,
+    weights: object,
+    k_scale: object,
+    ks: object,
+    ke: object,
+    cu_seqlens_k: object,
+    pooled: object,
+    block_size: object,
+    block_topk: object,
+    topk: object,
+    pooling: object,
+    return_scores: object,
+) -> None:
+    """Check what kind of thing each argument of `hisa.index` is."""
+    check_types(Tensor, q=q, k=k, weights=weights)
+    check_types(OPTIONAL, k_scale=k_scale, ks=ks, ke=ke, cu_seqlens_k=cu_seqlens_k)
+    if pooled is not None:
+        if not isinstance(pooled, tuple | list) or len(pooled) != 2:
+            got = f"{len(pooled)} of them" if isinstance(pooled, tuple | list) else pooled
+            raise TypeError(f"pooled: expected the two tensors that pool_keys returns, got {got}")
+        check_types(Tensor, pooled_k=pooled[0], pooled_scale=pooled[1])
+    check_types(NUMBER, block_size=block_size, block_topk=block_topk, topk=topk)
+    check_types(str, pooling=pooling)
+    check_types(bool, return_scores=return_scores)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether these tensors' values can be looked at: not on meta, fake, or inside of vmap."""
+    return not any(
+        tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in tensors
+        if tensor is not None
+    )
 
 
 def check(
@@ -36,16 +83,32 @@ def check(
 
     `index` takes these values as they are (it clamps windows and never waits for a device to see
     them). This function reads them, which synchronises with the device. With the environment
-    variable HISA_CHECK=1 every call outside of `torch.compile` does it first.
+    variable HISA_CHECK=1 every call does it first, where there are values to read: not inside of
+    `torch.compile` or `torch.vmap`, and not for fake tensors.
 
     Args: those of `hisa.index`.
 
     Raises:
         TypeError, ValueError: what `index` would raise.
         ValueError: a window leaves [0, N], ends before it starts, or crosses a segment's end; the
-            segments do not ascend from 0 to N; a scale is negative. The message names the first row
-            (or segment, or token) at fault.
+            segments do not ascend from 0 to N; a scale is negative or NaN. The message names the
+            first row (or segment, or token) at fault.
     """
+    check_index_types(
+        q,
+        k,
+        weights,
+        k_scale,
+        ks,
+        ke,
+        cu_seqlens_k,
+        pooled,
+        block_size,
+        block_topk,
+        topk,
+        pooling,
+        return_scores,
+    )
     pooled_k, pooled_scale = (None, None) if pooled is None else pooled
     _extension.require().check_index(
         q,
@@ -72,8 +135,8 @@ def check_values(
     ke: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> None:
-    """Raise ValueError for the first negative scale, bad segment or bad window."""
-    if k_scale is not None and (token := _first(k_scale < 0)) is not None:
+    """Raise ValueError for the first bad scale, segment or window; shapes have been checked."""
+    if k_scale is not None and (token := _first(~(k_scale >= 0))) is not None:
         got = float(k_scale[token])
         raise ValueError(f"k_scale: expected at least 0, got {got} at token {token}")
     n = k.shape[0]

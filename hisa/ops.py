@@ -1,7 +1,7 @@
 """The operators: `index`, `flat_index`, `pool_keys`, each with its fake kernel below it.
 
-`torch.ops.hisa.*` are the same operators without defaults for missing tensors hidden away: they
-always return two tensors, and the second one has no rows where scores were not asked for.
+`torch.ops.hisa.*` are the same operators as the dispatcher sees them: they always return two
+tensors, and the second one has no rows where scores were not asked for.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .checking import check, check_types, check_values
+from .checking import (
+    NUMBER,
+    OPTIONAL,
+    check,
+    check_index_types,
+    check_types,
+    check_values,
+    readable,
+)
+from .contract import check_contract, check_numbers
 
 Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _checking() -> bool:
-    return not torch.compiler.is_compiling() and os.environ.get("HISA_CHECK", "0") == "1"
+def _checking(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or os.environ.get("HISA_CHECK", "0") in ("", "0"):
+        return False
+    return readable(*tensors)
 
 
 def _fake_kernel(name: str) -> Callable[[Function], Function]:
@@ -70,8 +81,8 @@ def pool_keys(
     """
     _extension.require()
     check_types(Tensor, k=k)
-    check_types((Tensor, type(None)), k_scale=k_scale, cu_seqlens_k=cu_seqlens_k)
-    check_types((int, torch.SymInt), block_size=block_size)
+    check_types(OPTIONAL, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k)
+    check_types(NUMBER, block_size=block_size)
     check_types(str, pooling=pooling)
     pooled: Pooled = torch.ops.hisa.pool_keys(
         k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k, block_size=block_size, pooling=pooling
@@ -88,9 +99,10 @@ def _(
     block_size: int = 128,
     pooling: str = "mean",
 ) -> Pooled:
-    _check_devices(k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k)
-    slots = (k.shape[0] + block_size - 1) // block_size
-    return k.new_empty(slots, k.shape[1]), k.new_empty(slots, dtype=torch.float32)
+    check_numbers(block_size, 2, 1, pooling)
+    check_contract(k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k)
+    blocks = (k.shape[0] + block_size - 1) // block_size
+    return k.new_empty(blocks, k.shape[1]), k.new_empty(blocks, dtype=torch.float32)
 
 
 @overload
@@ -190,20 +202,23 @@ def index(
     `hisa.reference.index`.
     """
     _extension.require()
-    pooled_k, pooled_scale = (None, None) if pooled is None else pooled
-    check_types(Tensor, q=q, k=k, weights=weights)
-    check_types(
-        (Tensor, type(None)),
-        k_scale=k_scale,
-        ks=ks,
-        ke=ke,
-        cu_seqlens_k=cu_seqlens_k,
-        pooled_k=pooled_k,
-        pooled_scale=pooled_scale,
+    check_index_types(
+        q,
+        k,
+        weights,
+        k_scale,
+        ks,
+        ke,
+        cu_seqlens_k,
+        pooled,
+        block_size,
+        block_topk,
+        topk,
+        pooling,
+        return_scores,
     )
-    check_types((int, torch.SymInt), block_size=block_size, block_topk=block_topk, topk=topk)
-    check_types(str, pooling=pooling)
-    if _checking():
+    pooled_k, pooled_scale = (None, None) if pooled is None else pooled
+    if _checking(q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled_k, pooled_scale):
         check(
             q,
             k,
@@ -255,8 +270,10 @@ def _(
     pooling: str = "mean",
     return_scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(
+    check_numbers(block_size, block_topk, topk, pooling)
+    check_contract(
         k,
+        block_size=block_size,
         q=q,
         weights=weights,
         k_scale=k_scale,
@@ -338,9 +355,11 @@ def flat_index(
     """
     _extension.require()
     check_types(Tensor, q=q, k=k, weights=weights)
-    check_types((Tensor, type(None)), k_scale=k_scale, ks=ks, ke=ke)
-    check_types((int, torch.SymInt), topk=topk)
-    if _checking():
+    check_types(OPTIONAL, k_scale=k_scale, ks=ks, ke=ke)
+    check_types(NUMBER, topk=topk)
+    check_types(bool, return_scores=return_scores)
+    if _checking(q, k, weights, k_scale, ks, ke):
+        _extension.require().check_flat_index(q, k, weights, k_scale, ks, ke, topk)
         check_values(k, k_scale, ks, ke, None)
     indices, scores = torch.ops.hisa.flat_index(
         q, k, weights, k_scale=k_scale, ks=ks, ke=ke, topk=topk, return_scores=return_scores
@@ -360,17 +379,10 @@ def _(
     topk: int = 2048,
     return_scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(k, q=q, weights=weights, k_scale=k_scale, ks=ks, ke=ke)
+    check_contract(k, q=q, weights=weights, k_scale=k_scale, ks=ks, ke=ke)
+    if isinstance(topk, int):
+        _extension.require().check_topk(topk)
     return _empty_selection(q, topk, return_scores)
-
-
-def _check_devices(k: Tensor, **tensors: Tensor | None) -> None:
-    """Raise for a tensor that is not where k is: with one on `meta`, torch calls a fake kernel."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != k.device:
-            raise ValueError(
-                f"{name}: expected a tensor on {k.device} as k is, got one on {tensor.device}"
-            )
 
 
 def _empty_selection(q: Tensor, topk: int, return_scores: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,74 @@
+"""The operators' contract for tensors without data: what a fake kernel can check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+# Shape and dtype; None is the dtype of k. Sizes of the same letter are equal: M rows, N keys, H
+# heads, D channels, P blocks, E edges of segments.
+CONTRACT: dict[str, tuple[str, torch.dtype | None]] = {
+    "k": ("N D", None),
+    "q": ("M H D", None),
+    "weights": ("M H", torch.float32),
+    "k_scale": ("N", torch.float32),
+    "ks": ("M", torch.int32),
+    "ke": ("M", torch.int32),
+    "cu_seqlens_k": ("E", torch.int32),
+    "pooled_k": ("P D", None),
+    "pooled_scale": ("P", torch.float32),
+}
+
+
+def check_contract(k: Tensor, *, block_size: int | None = None, **tensors: Tensor | None) -> None:
+    """Raise for the first tensor whose device, dtype or shape does not go with the others.
+
+    Sizes and block_size may be symbolic. With one tensor on `meta`, torch calls a fake kernel for
+    all of them.
+
+    Raises:
+        TypeError: a dtype differs.
+        ValueError: a device or a shape differs.
+    """
+    module = _extension.require()
+    sizes: dict[str, int] = {}
+    for name, tensor in {"k": k, **tensors}.items():
+        if tensor is None:
+            continue
+        letters, dtype = CONTRACT[name]
+        shape = letters.split()
+        if tensor.device != k.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {k.device} as k is, got one on {tensor.device}"
+            )
+        if name == "k" and k.dtype not in (known := module.build_info()["dtypes"]):
+            raise TypeError(f"k: expected one of {known}, got {k.dtype}")
+        if tensor.dtype != (dtype or k.dtype):
+            raise TypeError(_message(name, shape, dtype or k.dtype, tensor))
+        if tensor.dim() != len(shape):
+            raise ValueError(_message(name, shape, dtype or k.dtype, tensor))
+        for letter, size in zip(shape, tensor.shape, strict=True):
+            if size != sizes.setdefault(letter, size) or (letter == "E" and size == 0):
+                raise ValueError(_message(name, shape, dtype or k.dtype, tensor))
+        if name == "k" and block_size is not None:
+            sizes["P"] = (sizes["N"] + block_size - 1) // block_size
+    limited = (sizes.get("H", 1), sizes["D"], sizes["N"])
+    if all(isinstance(size, int) for size in limited):
+        module.check_sizes(*limited)
+
+
+def check_numbers(block_size: int, block_topk: int, topk: int, pooling: str) -> None:
+    """Raise ValueError for what is not supported; a symbolic number is left alone."""
+    module = _extension.require()
+    if isinstance(block_size, int) and isinstance(block_topk, int) and isinstance(topk, int):
+        module.check_block_sizes(block_size, block_topk, topk)
+    module.check_pooling(pooling)
+
+
+def _message(name: str, shape: Sequence[str], dtype: torch.dtype, got: Tensor) -> str:
+    wanted, given = (str(d).removeprefix("torch.") for d in (dtype, got.dtype))
+    return f"{name}: expected [{', '.join(shape)}] {wanted}, got {list(got.shape)} {given}"
