@@ -25,14 +25,14 @@ class Selector {
   // Keys of buffer that choosing `count` out of at most `offers` candidates takes.
   static int64_t capacity(int64_t count, int64_t offers) {
     const int64_t streaming = 2 * count + kSelectSlack;
-    return (offers < streaming ? offers : streaming) + 1;  // the last one is written, never kept
+    return offers < streaming ? offers : streaming;
   }
 
   // `keys` holds `capacity` keys; `spare` as many, and may be shared between selectors.
   void reset(uint64_t* keys, uint64_t* spare, int64_t capacity, int64_t count) {
     keys_ = keys;
     spare_ = spare;
-    capacity_ = capacity - 1;
+    capacity_ = capacity;
     count_ = count;
     size_ = 0;
     bar_ = -std::numeric_limits<float>::infinity();
