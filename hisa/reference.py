@@ -45,10 +45,10 @@ def pool(keys: Tensor, pooling: str) -> Tensor:
     """
     if pooling == "max":
         return keys.amax(0)
-    total = torch.zeros(keys.shape[1])
-    for key in keys.cpu():
-        total += key
-    return (total / keys.shape[0]).to(keys.device)
+    total = torch.zeros_like(keys[0])
+    for key in keys:
+        total = total + key
+    return total / keys.shape[0]
 
 
 def score(q: Tensor, keys: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def pool_keys(
     """Pool every complete block; see `hisa.pool_keys`."""
     slots = -(-k.shape[0] // block_size)
     pooled_k = torch.zeros(slots, k.shape[1], dtype=k.dtype, device=k.device)
-    pooled_scale = torch.ones(slots, device=k.device)
+    pooled_scale = torch.ones(slots, dtype=torch.float32, device=k.device)
     dequantised = k.float() if k_scale is None else k.float() * k_scale[:, None]
     for slot in range(slots):
         segment = find_segment(slot * block_size, k.shape[0], cu_seqlens_k)
@@ -167,7 +167,7 @@ def index(
         pooled = pool_keys(
             k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k, block_size=block_size, pooling=pooling
         )
-    scale = torch.ones(k.shape[0], device=k.device) if k_scale is None else k_scale
+    scale = unit_scale(k) if k_scale is None else k_scale
     indices, scores = empty_output(q, topk)
     for m in range(q.shape[0]):
         row = find_row(m, k.shape[0], ks, ke, cu_seqlens_k)
@@ -192,7 +192,7 @@ def flat_index(
     return_scores: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Flat selection, one row after the other; see `hisa.flat_index`."""
-    scale = torch.ones(k.shape[0], device=k.device) if k_scale is None else k_scale
+    scale = unit_scale(k) if k_scale is None else k_scale
     indices, scores = empty_output(q, topk)
     for m in range(q.shape[0]):
         row = find_row(m, k.shape[0], ks, ke, None)
@@ -227,8 +227,13 @@ def find_segment(token: int, n: int, cu_seqlens_k: Tensor | None) -> tuple[int, 
     return None
 
 
+def unit_scale(k: Tensor) -> Tensor:
+    """Key scales of 1, [N] fp32."""
+    return torch.ones(k.shape[0], dtype=torch.float32, device=k.device)
+
+
 def empty_output(q: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Indices of -1 and scores of -inf, both [M, topk]."""
     shape = (q.shape[0], topk)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
-    return indices, torch.full(shape, -torch.inf, device=q.device)
+    return indices, torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)

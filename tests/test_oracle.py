@@ -51,6 +51,20 @@ def test_fma_rounds_once() -> None:
             assert error <= abs(exact - Fraction(float(other)))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_reference_has_no_defaults(default: torch.dtype) -> None:
+    """It computes in fp32 whatever torch's default dtype is."""
+    case = random_case(3, torch.float32)
+    want, pooled = REFERENCE.index(case), REFERENCE.pool_keys(case)
+    torch.set_default_dtype(default)
+    try:
+        got, again = REFERENCE.index(case), REFERENCE.pool_keys(case)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)
+    assert torch.equal(again[0], pooled[0]) and torch.equal(again[1], pooled[1])
+
+
 def test_both_scores_agree_on_exact_inputs() -> None:
     """On inputs that the builder calls exact, the order of the sums does not matter."""
     for seed in range(40):
