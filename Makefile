@@ -4,7 +4,7 @@
 #   PYTHON=python3          the interpreter that .venv is made from
 #   VENV=                   (empty) use $(PYTHON) as it is: nothing is installed, no network
 #   JOBS=2                  compilers and test workers at a time
-#   ARGS='-k windows -x'    handed on to pytest, the demo or the benchmarks
+#   ARGS='-k windows -x'    handed on to pytest or the benchmarks
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -23,15 +23,20 @@ export HF_HUB_OFFLINE ?= 1
 ifeq ($(VENV),)
 PY := $(PYTHON)
 STAMPS := build/.stamps
-READY := $(STAMPS)/built
+READY = $(BUILT)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
-READY := $(STAMPS)/built $(STAMPS)/installed
+READY = $(BUILT) $(STAMPS)/installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 PIP := $(PY) -m pip install --disable-pip-version-check
+
+# The extension lies in the tree, so it has one stamp for all environments, named after what it was
+# built with.
+BUILT_WITH := $(PY) $(HISA_CUDA) $(HISA_WERROR) $(TORCH_CUDA_ARCH_LIST)
+BUILT := build/.stamps/built-$(firstword $(shell echo '$(BUILT_WITH)' | cksum))
 
 # One short line per compiled file instead of the compiler's whole command line; V=1 shows it.
 SHORT := $(if $(V),cat,sed -uE \
@@ -52,7 +57,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY) ## HISA inside a small DeepSeek-V3.2, on real text (examples/quickstart.py)
-	$(PY) examples/quickstart.py $(ARGS)
+	$(PY) examples/quickstart.py
 
 test: $(READY) ## the fast suite
 	$(PYTEST) $(ARGS)
@@ -98,7 +103,7 @@ sanitize: $(READY) ## the fast suite under AddressSanitizer and UndefinedBehavio
 	  $(UNSANITIZED) $(ARGS) || { cat $(REPORT)* 2>/dev/null; exit 1; }
 
 clean: ## remove everything that was built (.venv stays)
-	rm -rf build dist *.egg-info hisa/_C*.so $(STAMPS)/built
+	rm -rf build dist *.egg-info hisa/_C*.so
 
 # ---- setting up -----------------------------------------------------------------------------
 
@@ -109,13 +114,14 @@ $(STAMPS)/torch:
 	@$(PIP) 'setuptools>=77' wheel ninja numpy | $(NAMES)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/built: setup.py $(shell find csrc -type f) $(if $(VENV),$(STAMPS)/torch)
+$(BUILT): setup.py $(shell find csrc -type f) $(if $(VENV),$(STAMPS)/torch)
 	@echo '== hisa._C'
+	@rm -f $(dir $@)built-*
 	@$(PY) setup.py build_ext --inplace 2>&1 | $(SHORT)
-	@mkdir -p $(STAMPS) && touch $@
+	@mkdir -p $(dir $@) && touch $@
 
 # Once per pyproject.toml; reuses the objects of the step before.
-$(STAMPS)/installed: pyproject.toml | $(STAMPS)/built
+$(STAMPS)/installed: pyproject.toml | $(BUILT)
 	@echo '== hisa and its tools'
-	@$(PIP) --no-build-isolation -e '.[dev]' | $(NAMES)
+	@$(PIP) --no-build-isolation --config-settings editable_mode=compat -e '.[dev]' | $(NAMES)
 	@touch $@

@@ -14,7 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    raise SystemExit(
+        "hisa: torch is not installed; install it first, then build against it"
+    ) from None
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import (
     CUDA_HOME,
@@ -102,6 +107,7 @@ class BuildKernels(BuildExtension):
             )
             return built
 
+        self.force = True  # link in any case: setuptools does not know what these objects depend on
         with ThreadPoolExecutor(max_workers=2 if self.use_ninja else 1) as pool:
             ext.extra_objects = list(pool.map(compile_kernel, X86_KERNELS if IS_X86 else ()))
         super().build_extension(ext)
