@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,20 @@ class Shared:
         self.windows = WindowCache()
         self.lock = threading.Lock()  # guards what follows, and the counters of all layers
         self._longest = 0
+        self._pruned = False
         self._warned: set[str] = set()
 
-    def note_length(self, longest: int) -> None:
-        """Warn if no window seen so far is long enough for a block to be skipped."""
+    def note(self, longest: int, pruned_rows: int) -> None:
+        """Remember how long the windows are, and whether any was long enough to be pruned."""
         with self.lock:
             self._longest = max(self._longest, longest)
-            too_short = 0 < self._longest <= self.settings.budget
-        if too_short:
+            self._pruned = self._pruned or pruned_rows > 0
+
+    def warn_if_never_pruned(self) -> None:
+        """Warn if no window so far was long enough for a block to be skipped."""
+        with self.lock:
+            longest = 0 if self._pruned else self._longest
+        if longest:
             self.warn_once(
                 "budget",
                 f"block_topk * block_size = {self.settings.budget} covers all of the {longest} "
@@ -58,18 +64,18 @@ class PatchedForward(Replacement):
         "_fallbacks",
         "_pruned_rows",
         "_rows",
+        "layer",
         "name",
-        "number",
         "shared",
         "spec",
     )
 
     def __init__(
-        self, name: str, number: int, module: nn.Module, spec: IndexerSpec, shared: Shared
+        self, name: str, layer: int, module: nn.Module, spec: IndexerSpec, shared: Shared
     ) -> None:
         super().__init__(module)
         self.name = name
-        self.number = number  # of this layer among the layers of the patch
+        self.layer = layer  # its number among the indexers of the patch
         self.spec = spec
         self.shared = shared
         self._calls = self._rows = self._pruned_rows = 0
@@ -95,53 +101,49 @@ class PatchedForward(Replacement):
         Callers name the cache `cache`, up to transformers 5.23 `past_key_values`.
         """
         cache = past_key_values if cache is None else cache
-        found = self._find_windows(attention_mask, hidden_states)
-        if found is None:
-            own: Tensor = self.original(
-                hidden_states,
-                q_resid,
-                position_embeddings,
-                attention_mask,
-                position_ids,
-                cache,
-            )
-            return own
+        own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
+        if not self.installed:  # the patch was removed, but something still holds this forward
+            return cast(Tensor, self.original(*own))
+
+        shared, (batch, queries) = self.shared, hidden_states.shape[:2]
+        found = shared.windows.get(attention_mask, batch, queries, self.layer)
+        if isinstance(found, str):
+            self._count_fallback(found)
+            return cast(Tensor, self.original(*own))
+
         selected = select(
             self.module,
             self.spec,
-            self.shared.settings,
+            shared.settings,
             found,
             hidden_states,
             q_resid,
             position_embeddings,
             cache,
         )
-        settings = self.shared.settings
-        pruned = found.pruned_rows(settings.block_size, settings.block_topk)
-        with self.shared.lock:
-            self._calls += 1
-            self._rows += selected.shape[0] * selected.shape[1]
-            self._pruned_rows += pruned
+        self._count(found, batch * queries)
+        if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt
+            shared.warn_if_never_pruned()
         return selected
 
-    def _find_windows(self, mask: Tensor, hidden_states: Tensor) -> Windows | None:
-        """Return the windows of this call, None if the model's own indexer has to answer it."""
-        if not self.installed:
-            return None  # the patch was removed, but something still holds this forward
-        batch, queries = hidden_states.shape[:2]
-        found = self.shared.windows.get(mask, batch, queries, self.number)
-        if isinstance(found, Windows):
-            self.shared.note_length(found.longest)
-            return found
+    def _count(self, windows: Windows, rows: int) -> None:
+        settings = self.shared.settings
+        pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
         with self.shared.lock:
             self._calls += 1
-            self._fallbacks[found] += 1
+            self._rows += rows
+            self._pruned_rows += pruned
+        self.shared.note(windows.longest, pruned)
+
+    def _count_fallback(self, reason: str) -> None:
+        with self.shared.lock:
+            self._calls += 1
+            self._fallbacks[reason] += 1
         self.shared.warn_once(
             "fallback",
-            f"{found}: hisa needs one range of keys per query, so the model's own indexer answers "
+            f"{reason}: hisa needs one range of keys per query, so the model's own indexer answers "
             "such calls; see the handle's status()",
         )
-        return None
 
     def status(self) -> LayerStatus:
         """Return a snapshot of this layer's counters."""

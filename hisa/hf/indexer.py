@@ -43,7 +43,8 @@ def select(
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
     batch, length = hidden_states.shape[:2]
-    k = project_keys(module, spec, hidden_states, position_embeddings)
+    q_dtype = module.wq_b(q_resid[:1, :1]).dtype  # the rotation of the keys may depend on it
+    k = project_keys(module, spec, hidden_states, position_embeddings, q_dtype)
     if cache is not None:
         k = cache.update_indexer(k, module.layer_idx)
     if k.shape[:2] != (batch, windows.keys):
@@ -63,10 +64,11 @@ def select(
         "block_size": settings.block_size,
         "pooling": settings.pooling,
     }
-    # A pruned row has all tokens of block_topk - 2 whole blocks, and at least one of the first and
-    # of the last: no fewer than it has slots, with any but extreme settings.
-    exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 2
-    pooled = hisa.pool_keys(k, **options) if windows.longest > settings.budget else None
+    # A pruned row keeps block_topk - 2 whole blocks and at least one token each of the first and of
+    # the last: no fewer than it has slots, with any but extreme settings.
+    exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 1 + 1
+    pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
+    pooled = hisa.pool_keys(k, **options) if pruned else None
     for start in range(0, length, step := rows_per_chunk(module, batch, dtype)):
         rows = slice(start, start + step)
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
@@ -88,7 +90,11 @@ def select(
 
 
 def project_keys(
-    module: Indexer, spec: IndexerSpec, hidden_states: Tensor, cos_sin: PositionEmbeddings
+    module: Indexer,
+    spec: IndexerSpec,
+    hidden_states: Tensor,
+    cos_sin: PositionEmbeddings,
+    q_dtype: torch.dtype,
 ) -> Tensor:
     """Project, norm and rotate the keys of all rows, [B, S, D]: the bits that the model caches."""
     k = module.wk(hidden_states)
@@ -96,7 +102,8 @@ def project_keys(
         k = module.k_norm(k.to(module.k_norm.weight.dtype)).to(hidden_states.dtype)
     else:
         k = module.k_norm(k)
-    return rotate(module, spec, k.unsqueeze(2), cos_sin).squeeze(2)
+    k = k.unsqueeze(2)
+    return rotate(module, spec, k.to(q_dtype), k, cos_sin)[1].squeeze(2)
 
 
 def project_queries(
@@ -104,7 +111,7 @@ def project_queries(
 ) -> Tensor:
     """Project and rotate the queries of a few rows, [B, r, H, D]."""
     q = module.wq_b(q_resid).view(*q_resid.shape[:2], module.n_heads, module.head_dim)
-    return rotate(module, spec, q, cos_sin)
+    return rotate(module, spec, q, q[:, :, :1], cos_sin)[0]
 
 
 def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
@@ -115,17 +122,19 @@ def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
     return weights * scale
 
 
-def rotate(module: Indexer, spec: IndexerSpec, x: Tensor, cos_sin: PositionEmbeddings) -> Tensor:
-    """Apply the model's own RoPE to the rotary channels of x [B, S, heads, D]; consumes x."""
+def rotate(
+    module: Indexer, spec: IndexerSpec, q: Tensor, k: Tensor, cos_sin: PositionEmbeddings
+) -> tuple[Tensor, Tensor]:
+    """Apply the model's own RoPE to the rotary channels of q [B, S, H, D] and k [B, S, 1, D].
+
+    The model's function wants both; where only one is needed, it stands in for the other.
+    """
     turned, kept = module.qk_rope_head_dim, module.head_dim - module.qk_rope_head_dim
-    part = x.narrow(-1, kept if spec.rope_last else 0, turned)
-    # The function takes queries and keys together; a copy of one head stands in for the other.
-    rotated, _ = rotary(spec)(part, part[:, :, :1].clone(), *cos_sin, unsqueeze_dim=2)
-    if rotated.dtype == x.dtype:
-        part.copy_(rotated)
-        return x
-    rest = x.narrow(-1, 0 if spec.rope_last else turned, kept)  # angles of a wider dtype widen all
-    return torch.cat([rest, rotated] if spec.rope_last else [rotated, rest], dim=-1)
+    order = (kept, turned) if spec.rope_last else (turned, kept)
+    q_parts, k_parts = list(q.split(order, dim=-1)), list(k.split(order, dim=-1))
+    at = int(spec.rope_last)
+    q_parts[at], k_parts[at] = rotary(spec)(q_parts[at], k_parts[at], *cos_sin, unsqueeze_dim=2)
+    return torch.cat(q_parts, dim=-1), torch.cat(k_parts, dim=-1)
 
 
 def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 MASKED = torch.finfo(torch.float16).min
@@ -43,8 +44,9 @@ class Windows:
         """Count the rows whose window meets more blocks than are kept."""
         key = (block_size, block_topk)
         if key not in self._pruned:
-            segment = torch.searchsorted(self.cu_seqlens_k, self.packed_ks, right=True) - 1
-            origin = self.cu_seqlens_k[segment.clamp(max=len(self.cu_seqlens_k) - 2)]
+            starts = self.cu_seqlens_k[:-1]
+            segment = torch.searchsorted(starts, self.packed_ks, right=True) - 1
+            origin = starts[segment]
             first = (self.packed_ks - origin).div(block_size, rounding_mode="floor")
             last = (self.packed_ke - 1 - origin).div(block_size, rounding_mode="floor")
             self._pruned[key] = int((last - first >= block_topk).sum())
@@ -58,7 +60,10 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     """
     if mask is None:
         return "no attention mask"
-    if mask.dim() != 3 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, queries):
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return "attention mask without data"
+    fits = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, queries)
+    if not fits or (mask.shape[2] == 1 and queries > 1):  # one value for all keys
         return f"attention mask of shape {list(mask.shape)}"
     if not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
         return f"attention mask of dtype {mask.dtype}"
@@ -70,10 +75,11 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     shape = mask.shape[:2]
     ks = torch.zeros(shape, dtype=torch.int32, device=mask.device)
     ke, broken, unknown = torch.zeros_like(ks), ks.bool(), ks.bool()
-    step = max(1, SCAN_ELEMENTS // max(1, keys))
-    for entry in range(shape[0] if keys else 0):
-        for start in range(0, shape[1], step):
-            at = (entry, slice(start, start + step))
+    rows = max(1, SCAN_ELEMENTS // max(1, keys))
+    entries = max(1, rows // max(1, shape[1]))
+    for entry in range(0, shape[0] if keys else 0, entries):
+        for row in range(0, shape[1], rows):
+            at = (slice(entry, entry + entries), slice(row, row + rows))
             ks[at], ke[at], broken[at], unknown[at] = _scan_rows(mask[at])
     flags = torch.stack([unknown.any(), broken.any()]).tolist()
     if flags[0]:
@@ -84,7 +90,7 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
 
 
 def _scan_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ks, ke, "not one range" and "unknown values" of mask rows [R, T]."""
+    """Return ks, ke, "not one range" and "unknown values" of mask rows [..., T]."""
     attend = rows if rows.dtype == torch.bool else rows == 0
     count = attend.sum(-1, dtype=torch.int32)
     some = count > 0
@@ -103,17 +109,19 @@ def _with_segments(ks: Tensor, ke: Tensor, keys: int) -> Windows:
 
     NOTE: An entry whose windows overlap without sharing a start (a sliding window) cannot be cut
     and stays one segment. This is decided per entry: rows do not depend on the rest of the batch.
+    A single query of such a mask looks like any other, so its blocks begin where its window does,
+    and what it selects can differ from what it selects in a longer prefill.
     """
     batch = ks.shape[0]
-    entry = (torch.arange(batch, device=ks.device, dtype=torch.int32) * keys)[:, None]
-    packed_ks, packed_ke = ks + entry, ke + entry
-    starts = torch.cat([entry.flatten(), packed_ks.flatten()]).unique()  # ascending
+    origins = torch.arange(batch, device=ks.device, dtype=torch.int32) * keys  # of the entries
+    packed_ks, packed_ke = ks + origins[:, None], ke + origins[:, None]
+    starts = torch.cat([origins, packed_ks.flatten()]).unique()  # ascending
     end = starts.new_full((1,), batch * keys)
-    edges = torch.cat([starts, end])
-    following = edges[torch.searchsorted(starts, packed_ks, right=True)]
+    # the next start behind each window's own: a window that reaches beyond it overlaps another
+    following = torch.cat([starts, end])[torch.searchsorted(starts, packed_ks, right=True)]
     overlapping = (packed_ke > following).any(1)
-    owner = torch.searchsorted(entry.flatten(), starts, right=True) - 1
-    kept = (starts == entry.flatten()[owner]) | ~overlapping[owner]
+    owner = torch.searchsorted(origins, starts, right=True) - 1  # the entry that each start is in
+    kept = (starts == origins[owner]) | ~overlapping[owner]
     return Windows(
         keys=keys,
         longest=int((ke - ks).max()) if ks.numel() else 0,
@@ -132,14 +140,14 @@ class _Scanned:
     storage: StorageWeakRef
     view: tuple[object, ...]
     result: Windows | str
-    served: set[int]
+    served: set[int]  # layers
 
-    def fits(self, mask: Tensor, layer: int) -> bool:
+    def fits(self, mask: Tensor, view: tuple[object, ...], layer: int) -> bool:
         return (
             layer not in self.served
             and not self.storage.expired()
             and self.storage == StorageWeakRef(mask.untyped_storage())
-            and self.view == _view(mask)
+            and self.view == view
         )
 
 
@@ -167,17 +175,22 @@ class WindowCache:
 
     def get(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Windows | str:
         """Return the windows of `mask`, or why there are none, for layer number `layer`."""
+        if mask is None or isinstance(mask, FakeTensor):
+            return self._scan(mask, batch, queries)
         last: _Scanned | None = getattr(self._local, "last", None)
-        if mask is not None and last is not None and last.fits(mask, layer):
+        view = (batch, queries, *_view(mask))
+        if last is not None and last.fits(mask, view, layer):
             last.served.add(layer)
             return last.result
-        result = scan(mask, batch, queries)
+        result = self._scan(mask, batch, queries)
+        storage = StorageWeakRef(mask.untyped_storage())
+        self._local.last = _Scanned(storage, view, result, {layer})
+        return result
+
+    def _scan(self, mask: Tensor | None, batch: int, queries: int) -> Windows | str:
         with self._lock:
             self._scans += 1
-        if mask is not None:
-            storage = StorageWeakRef(mask.untyped_storage())
-            self._local.last = _Scanned(storage, _view(mask), result, {layer})
-        return result
+        return scan(mask, batch, queries)
 
 
 def _view(mask: Tensor) -> tuple[object, ...]:

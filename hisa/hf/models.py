@@ -36,7 +36,7 @@ class IndexerSpec:
         return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
 
-PLAIN = "apply_rotary_pos_emb"  # pairs channel i with i + R / 2 (that of hy_v4_vl: 2i with 2i + 1)
+PLAIN = "apply_rotary_pos_emb"  # pairs channel i with channel i + R / 2, in all models but hy_v4_vl
 INTERLEAVED = "apply_rotary_pos_emb_interleave"  # pairs channel 2i with channel 2i + 1
 
 SPECS = (
@@ -79,9 +79,10 @@ def supported() -> str:
 
 def looks_like_indexer(name: str, module: nn.Module) -> bool:
     """Return whether `module`, registered as `name`, is some kind of sparse attention indexer."""
-    if any(_find(cls) for cls in type(module).__mro__):
+    if _is_known(module) or type(module).__name__.endswith("Indexer"):
         return True
-    return type(module).__name__.endswith("Indexer") or name.rpartition(".")[2] == "indexer"
+    wrapper = any(_is_known(inner) for inner in module.modules())  # of one that is found by itself
+    return name.rpartition(".")[2] == "indexer" and not wrapper
 
 
 def is_shared_layer(module: nn.Module) -> bool:
@@ -125,6 +126,10 @@ def rotary(spec: IndexerSpec) -> Callable[..., tuple[Tensor, Tensor]]:
         sys.modules[spec.module_name], spec.rotary
     )
     return function
+
+
+def _is_known(module: nn.Module) -> bool:
+    return any(_find(cls) for cls in type(module).__mro__)
 
 
 def _find(cls: type) -> IndexerSpec | None:

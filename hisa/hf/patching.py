@@ -48,6 +48,7 @@ class PatchHandle:
                 slots.uninstall(forward)
         if removed:
             logger.info("hisa removed from %d indexers", len(removed))
+            self._shared.warn_if_never_pruned()
 
     def status(self) -> Status:
         """Return what each layer did since it was patched. `print` shows it as a table."""
@@ -56,6 +57,8 @@ class PatchHandle:
         return Status(self.settings, patched + shared, self._shared.windows.scans)
 
     def __enter__(self) -> PatchHandle:
+        if self._forwards and not any(forward.installed for forward in self._forwards):
+            raise RuntimeError("this patch was removed; call hisa.patch again")
         return self
 
     def __exit__(
@@ -110,8 +113,8 @@ def patch(
         RuntimeError: if hisa's extension is not built; the message says what to run.
 
     Warns:
-        UserWarning: if there is nothing to patch, and later, once each, if the budget covers all
-            tokens seen or a mask makes a call fall back.
+        UserWarning: if there is nothing to patch; later, once each, if a mask makes a call fall
+            back, and, during generation or on removal, if the budget has covered all tokens so far.
 
     Example:
         >>> with hisa.patch(model, block_size=128, block_topk=64) as handle:
@@ -124,13 +127,11 @@ def patch(
     found = [(name, m) for name, m in model.named_modules() if looks_like_indexer(name, m)]
     with _patching:
         forwards = []
-        for number, (name, module) in enumerate(found):  # nothing changes until all are checked
+        for layer, (name, module) in enumerate(found):  # nothing changes until all are checked
             spec = recognise(name, module)
             slots.check(name, module)
-            shared.settings.check(
-                spec.class_name, module.n_heads, module.head_dim, module.index_topk
-            )
-            forwards.append(PatchedForward(name, number, module, spec, shared))
+            shared.settings.check(spec.class_name, module)
+            forwards.append(PatchedForward(name, layer, module, spec, shared))
         for forward in forwards:
             slots.install(forward)
             logger.info("hisa patched %s (%s)", forward.name, forward.spec.model_type)

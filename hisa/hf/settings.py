@@ -57,12 +57,22 @@ class Settings:
         """Tokens in the kept blocks: rows that see no more than this are not pruned."""
         return self.block_size * self.block_topk
 
-    def check(self, name: str, heads: int, channels: int, index_topk: int) -> None:
-        """Raise ValueError if hisa cannot stand in for the indexer `name` with these settings."""
+    def check(self, name: str, indexer: Any) -> None:
+        """Raise ValueError if hisa cannot stand in for `indexer`, of class `name`."""
         if self.topk is None:
-            self._check_topk(index_topk, f"index_topk of {name}")
+            self._check_topk(indexer.index_topk, f"index_topk of {name}")
+        on_cuda = any(parameter.is_cuda for parameter in indexer.parameters())
         try:
-            hisa.plan(0, 0, heads, channels, block_size=8, block_topk=2, topk=1)
+            hisa.plan(
+                0,
+                0,
+                indexer.n_heads,
+                indexer.head_dim,
+                device="cuda" if on_cuda else "cpu",
+                block_size=8,
+                block_topk=2,
+                topk=1,
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -66,8 +66,7 @@ class Replacement:
 
 def check(name: str, module: nn.Module) -> None:
     """Raise TypeError if the module already has a forward that is neither its class's nor ours."""
-    slot = _slot(module)
-    forward = vars(module).get(slot, _ABSENT)
+    forward = _current(module, _slot(module))
     if not (forward in (_ABSENT, _own_forward(module)) or isinstance(forward, Replacement)):
         raise TypeError(
             f"{name or 'the model itself'}: expected the forward of {type(module).__name__}, found "
@@ -79,10 +78,10 @@ def install(replacement: Replacement) -> None:
     """Put a replacement in its module's slot, in place of any earlier one."""
     module = replacement.module
     slot = _slot(module)
-    earlier = vars(module).get(slot, _ABSENT)
+    earlier = _current(module, slot)
     if isinstance(earlier, Replacement):
         uninstall(earlier)
-        earlier = vars(module).get(slot, _ABSENT)
+        earlier = _current(module, slot)
     replacement._previous = earlier
     replacement.installed = True
     setattr(module, slot, replacement)
@@ -94,13 +93,14 @@ def uninstall(replacement: Replacement) -> None:
     if module is None or not replacement.installed:
         return
     replacement.installed = False
-    for slot in (HOOKED, PLAIN):
-        if vars(module).get(slot) is replacement:
-            break
-    else:
-        logger.warning("%s was wrapped after hisa.patch: hisa is off, the wrapper stays", module)
-        return
-    if replacement._previous is not _ABSENT:
+    # A hook may have come or gone since, and moved the replacement to the other slot.
+    slot = next((s for s in (HOOKED, PLAIN) if vars(module).get(s) is replacement), None)
+    if slot is None:
+        logger.warning(
+            "the forward of a %s was wrapped after hisa.patch: hisa is off, the wrapper stays",
+            type(module).__name__,
+        )
+    elif replacement._previous is not _ABSENT:
         setattr(module, slot, replacement._previous)
     elif slot == PLAIN:
         delattr(module, slot)
@@ -110,6 +110,14 @@ def uninstall(replacement: Replacement) -> None:
 
 def _slot(module: nn.Module) -> str:
     return HOOKED if HOOKED in vars(module) else PLAIN
+
+
+def _current(module: nn.Module, slot: str) -> Any:
+    """Return what the slot holds, if it is not what a shallow copy took over from its original."""
+    forward = vars(module).get(slot, _ABSENT)
+    if isinstance(forward, Replacement) and forward._module() is not module:
+        return _ABSENT
+    return forward
 
 
 def _own_forward(module: nn.Module) -> types.MethodType:

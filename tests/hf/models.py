@@ -96,8 +96,8 @@ WITHOUT_SDPA = ("hy_v4", "hy_v4_vl")
 VARIANTS = [
     (k, a) for k in KINDS for a in ("eager", "sdpa") if a == "eager" or k not in WITHOUT_SDPA
 ]
-# The text models of the others only compute.
-GENERATING = tuple(kind for kind in KINDS if kind not in ("dots3_note", "hy_v4_vl"))
+# The text model of hy_v4_vl only computes.
+GENERATING = tuple(kind for kind in KINDS if kind != "hy_v4_vl")
 
 
 def python_module(kind: str) -> Any:
@@ -118,7 +118,8 @@ def build(kind: str, attention: str = "eager", **changes: Any) -> Any:
     config._attn_implementation = attention
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        name = next(n for n in (f"{prefix}ForCausalLM", f"{prefix}Model") if hasattr(modelling, n))
+        names = (f"{prefix.removesuffix('Text')}ForCausalLM", f"{prefix}Model")
+        name = next(name for name in names if hasattr(modelling, name))
         model = getattr(modelling, name)(config).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:

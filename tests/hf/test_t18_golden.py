@@ -146,7 +146,7 @@ def test_generate(generator: Any, mode: str) -> None:
 
 def test_assisted_decoding(generator: Any) -> None:
     """A draft model proposes tokens, most are rejected, and both caches are cropped."""
-    assistant = build(generator.config.model_type)
+    assistant = build(generator.config.model_type.removesuffix("_text"))
     for parameter in assistant.parameters():
         parameter.add_(
             0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -177,8 +177,17 @@ def test_continued_chat(generator: Any) -> None:
     assert_same(generator, run)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+        (torch.float32, True),
+        (torch.bfloat16, True),  # models in fp16 do not run under bf16 autocast
+    ],
+)
+def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype, autocast: bool) -> None:
     """To the bit, so that a model can be patched or restored in the middle of a chat.
 
     In 16 bits this also shows whether the keys are normed in the dtype that the model uses.
@@ -191,7 +200,8 @@ def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype) -> None:
 
     def keys() -> Tensor:
         past: Any = transformers.DynamicCache(config=model.config)
-        hidden(model, tokens(2, 40), **cached(model, past))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden(model, tokens(2, 40), **cached(model, past))
         kept: Tensor = past.layers[0].indexer_keys
         return kept
 

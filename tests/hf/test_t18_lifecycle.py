@@ -88,6 +88,37 @@ def test_a_part_of_a_model(deepseek: Any) -> None:
     assert is_original(deepseek)
 
 
+def test_a_removed_patch_cannot_be_entered(deepseek: Any) -> None:
+    with hisa.patch(deepseek, **PRUNING) as handle:
+        pass
+    with pytest.raises(RuntimeError, match=r"call hisa\.patch again"), handle:
+        pass
+
+
+def test_shallow_copies(deepseek: Any) -> None:
+    """A copy takes over the patched forward, which is the original's; patching it is its own."""
+    first = indexers(deepseek)[0]
+    with hisa.patch(first, **PRUNING) as original:
+        twin = copy.copy(first)
+        with hisa.patch(twin, **PRUNING) as other:
+            deepseek(IDS)
+            assert [layer.state for layer in original.status().layers] == ["patched"]
+            assert [layer.calls for layer in other.status().layers] == [0]
+        assert "forward" not in vars(twin)
+        assert "forward" in vars(first)
+
+
+def test_a_wrapped_indexer(deepseek: Any, pruned: Tensor) -> None:
+    """What only wraps a known indexer is not one: the indexer inside is found by itself."""
+    model = build("deepseek_v32", "sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.indexer = nn.Sequential(layer.self_attn.indexer)
+        layer.self_attn.indexer.forward = layer.self_attn.indexer[0].__call__
+    with hisa.patch(model, **PRUNING) as handle:
+        assert torch.equal(model(IDS).logits, pruned)
+        assert {layer.name.rpartition(".")[2] for layer in handle.status().layers} == {"0"}
+
+
 @pytest.mark.parametrize("how", ["positional", *CACHE_NAMES])
 def test_the_cache_by_any_name(deepseek: Any, how: str) -> None:
     """Callers of older and of newer transformers name it differently."""

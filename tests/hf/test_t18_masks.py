@@ -124,6 +124,8 @@ UNUSABLE: dict[str, tuple[Tensor | None, str]] = {
     "integers": (torch.ones(1, 1, 4, dtype=torch.long), "dtype torch.int64"),
     "two dimensions": (torch.ones(1, 4, dtype=torch.bool), "shape [1, 4]"),
     "other batch": (torch.ones(2, 1, 4, dtype=torch.bool), "shape [2, 1, 4]"),
+    "fewer keys than queries": (torch.ones(1, 3, 1, dtype=torch.bool), "shape [1, 3, 1]"),
+    "meta": (torch.ones(1, 1, 4, dtype=torch.bool, device="meta"), "without data"),
     "none": (None, "no attention mask"),
 }
 

@@ -47,13 +47,16 @@ def change_keys(change: Callable[..., Tensor]) -> Mutation:
     return lambda patcher: patcher.setattr(under_test, "project_keys", change)
 
 
-def keys_without_norm(module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any) -> Tensor:
-    return under_test.rotate(module, spec, module.wk(hidden_states).unsqueeze(2), cos_sin).squeeze(
-        2
-    )
+def keys_without_norm(
+    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_dtype: torch.dtype
+) -> Tensor:
+    keys = module.wk(hidden_states).unsqueeze(2)
+    return under_test.rotate(module, spec, keys, keys, cos_sin)[1].squeeze(2)
 
 
-def keys_without_rotation(module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any) -> Tensor:
+def keys_without_rotation(
+    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_dtype: torch.dtype
+) -> Tensor:
     keys: Tensor = module.k_norm(module.wk(hidden_states))
     return keys
 

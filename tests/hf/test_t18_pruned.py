@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hisa
 from hisa.hf import indexer as under_test
@@ -43,7 +43,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         under_test, "project_queries", lambda m, s, q, c: q.view(*q.shape[:2], HEADS, CHANNELS)
     )
-    monkeypatch.setattr(under_test, "project_keys", lambda m, s, h, c: h[..., :CHANNELS])
+    monkeypatch.setattr(under_test, "project_keys", lambda m, s, h, c, d: h[..., :CHANNELS])
     monkeypatch.setattr(under_test, "project_weights", lambda m, h: h[..., CHANNELS:])
 
 
@@ -56,7 +56,9 @@ def random_input(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor
 def choose(states: Tensor, q: Tensor, mask: Tensor, past: Cache | None = None) -> Tensor:
     windows = scan(mask, *q.shape[:2])
     assert isinstance(windows, Windows)
-    module: Any = SimpleNamespace(n_heads=HEADS, head_dim=CHANNELS, layer_idx=0, index_topk=99)
+    module: Any = SimpleNamespace(
+        n_heads=HEADS, head_dim=CHANNELS, layer_idx=0, index_topk=99, wq_b=nn.Identity()
+    )
     return select(module, SPECS[0], SETTINGS, windows, states, q, (states, states), past)
 
 

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,17 +39,39 @@ def test_status(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_warns_once_when_the_budget_covers_all(deepseek: Any) -> None:
+    """While a model generates; else when the patch is removed, if nothing was pruned until then."""
     with hisa.patch(deepseek, **COVERING):
-        with pytest.warns(UserWarning, match="covers all of the 60 tokens") as record:
-            deepseek(IDS)
+        with pytest.warns(UserWarning, match="covers all of the 61 tokens") as record:
+            deepseek.generate(IDS, max_new_tokens=3, do_sample=False)
         assert len(record) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            deepseek(IDS)
-    with hisa.patch(deepseek, **PRUNING), warnings.catch_warnings():
+            deepseek.generate(IDS, max_new_tokens=3, do_sample=False)
+    handle = hisa.patch(deepseek, **COVERING)
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        deepseek(IDS)
-        deepseek(tokens(1, 10))  # short, but longer ones were pruned
+        deepseek(IDS)  # perhaps the first chunk of a long prompt
+    with pytest.warns(UserWarning, match="covers all of the 60 tokens"):
+        handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with hisa.patch(deepseek, **PRUNING):
+            options = {"prefill_chunk_size": 16, "max_new_tokens": 3, "do_sample": False}
+            deepseek.generate(IDS, **options)
+            deepseek(tokens(1, 10))  # short, but longer ones were pruned
+        with hisa.patch(deepseek, **PRUNING):
+            pass  # nothing seen, nothing to say
+
+
+def test_a_device_without_kernels() -> None:
+    """Is found when patching, not in the first forward."""
+    if hisa.build_info()["cuda"]:
+        pytest.skip("this build has kernels for every device")
+    indexer = SimpleNamespace(
+        n_heads=4, head_dim=16, index_topk=8, parameters=lambda: [SimpleNamespace(is_cuda=True)]
+    )
+    with pytest.raises(ValueError, match="DeepseekV32Indexer: device: expected cpu"):
+        Settings().check("DeepseekV32Indexer", indexer)
 
 
 def test_import_is_lazy() -> None:
