@@ -41,12 +41,14 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for <case>.csv and <case>.md (benchmarks/results; none for a quick run)",
+        help="folder for <case>.csv and <case>.md (default: benchmarks/results/local, which git "
+        "ignores; none for a quick run)",
     )
     parser.add_argument(
         "--readme",
         action="store_true",
-        help="run nothing: put the table made from the files in --out into README.md",
+        help="run nothing: put the table made from the committed files, or those in --out, into "
+        "README.md",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.case if name not in known]
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code."""
     known = find_cases()
     options = parse(arguments, known)
-    out = options.out or (None if options.quick else RESULTS)
+    out = options.out or (None if options.quick else RESULTS / "local")
     if options.readme:
         text = summary.summary(options.out or RESULTS)
         summary.update_readme(text)

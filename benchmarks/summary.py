@@ -27,8 +27,7 @@ def summary(results: Path) -> str:
     note = (
         "4096 tokens, 64 heads of 128 channels, float32, causal, where a row says nothing else;\n"
         "`topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians of one run, memory\n"
-        "as the peak beyond the inputs. `python -m benchmarks CASE` repeats a row, `make bench`\n"
-        "all of them."
+        "as the peak beyond the inputs. `make bench ARGS=CASE` repeats a row, `make bench` all."
     )
     return f"{report.table(rows)}\n\n{where}\n{note}"
 
