@@ -19,10 +19,10 @@ from benchmarks.meters import METERS
 
 CHUNKS = (8, 16, 32, 64, 128)
 LIMIT = """
-What limits the gain over the tuned peer: both do the same fp32 multiply-adds. On the AVX-512 EPYC of
-the committed run bare fused multiply-adds reach 231 GFLOP/s on 2 threads and torch.mm 185, so the
-tuned peer's matrix product alone takes longer than hisa.flat_index in all, which is at 91% of the
-former; twice the tuned peer's speed would be 1.2 times the former. The 12 x 2 tile of AVX-512
+What limits the gain over the tuned peer: both do the same fp32 multiply-adds. On the AVX-512 EPYC
+of the committed run bare fused multiply-adds reach 231 GFLOP/s on 2 threads and torch.mm 185, so
+the tuned peer's matrix product alone takes longer than hisa.flat_index in all, which is at 91% of
+the former; twice the tuned peer's speed would be 1.2 times the former. The 12 x 2 tile of AVX-512
 registers and the 6 x 2 tile of AVX2 registers get there alike (0.64 s each), and so do bf16 inputs,
 whose sums are fp32 as well."""
 HISA, TORCH, TUNED = "hisa.flat_index", "torch in chunks", "torch in chunks, tuned"

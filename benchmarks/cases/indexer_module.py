@@ -107,7 +107,7 @@ def measure(bench: Bench, size: str, shape: dict[str, int | str]) -> None:
         peers = (HISA, OWN, PROJECTIONS)
     memory = [peer for peer in peers if peer != PROJECTIONS]
     found = bench.measure(
-        build, peers, shape, memory=memory, warm_up=False, min_runs=3, max_runs=9, seconds=3.0
+        build, peers, shape, memory=memory, warm_up=False, min_runs=7, max_runs=9, seconds=3.0
     )
     if OWN not in found:
         return
