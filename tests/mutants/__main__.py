@@ -10,31 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.mutants.catalogue import MUTANTS, Mutant
+from tests.mutants.catalogue import MUTANTS, mutated
+from tests.test_build import copy_tree
 
 ROOT = Path(__file__).parent.parent.parent
-COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "hisa", "tests")
 TIMEOUT = 900  # seconds per mutant
-
-
-def copy_tree(target: Path) -> None:
-    """Copy what a build and the suite need."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            skip = shutil.ignore_patterns(
-                "*.so", "__pycache__", "mutants", "hf" if name == "tests" else ""
-            )
-            shutil.copytree(source, target / name, ignore=skip)
-        elif source.exists():
-            shutil.copy(source, target / name)
 
 
 def build(tree: Path) -> None:
@@ -59,26 +45,16 @@ def killer(tree: Path, tests: list[str]) -> str | None:
     return failed[0].split(" - ")[0] if failed else f"crash (exit status {run.returncode})"
 
 
-def apply(tree: Path, mutant: Mutant) -> None:
-    """Edit the copied sources."""
-    path = tree / "csrc" / mutant.file
-    text = path.read_text()
-    if text.count(mutant.old) != mutant.times:
-        raise ValueError(
-            f"{mutant.name}: the text to replace occurs {text.count(mutant.old)} times"
-        )
-    path.write_text(text.replace(mutant.old, mutant.new))
-
-
 def main() -> int:
     """Run the chosen mutants."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of mutants' names; all by default")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="what to run")
+    families = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_t*.py"))]
+    families.remove("tests/test_t15_mutants.py")  # of the unmutated sources
+    parser.add_argument("--tests", nargs="*", default=families, help="what to run")
     parser.add_argument("--tree", type=Path, help="folder to work in, kept between runs")
     options = parser.parse_args()
-    tree = options.tree or Path(tempfile.mkdtemp(prefix="hisa-mutants-"))
-    tree.mkdir(parents=True, exist_ok=True)
+    tree = options.tree or Path(tempfile.mkdtemp(prefix="hisa-mutants-"), "tree")
     if not (tree / "csrc").exists():
         copy_tree(tree)
     survivors = 0
@@ -93,7 +69,7 @@ def main() -> int:
         start = time.monotonic()
         path = tree / "csrc" / mutant.file
         saved = path.read_text()
-        apply(tree, mutant)
+        path.write_text(mutated(mutant, saved))
         try:
             build(tree)
             by = killer(tree, options.tests)

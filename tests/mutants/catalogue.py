@@ -21,15 +21,15 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # windows and segments
-    Mutant("ks ignored", "cpu/windows.h", "= wanted < 0 ? 0 : wanted;", "= wanted * 0;"),
-    Mutant("negative ks not clamped", "cpu/windows.h", "wanted < 0 ? 0 : wanted", "wanted"),
-    Mutant("ke is one short", "cpu/windows.h", ": windows.end[m];", ": windows.end[m] - 1;"),
-    Mutant("blocks tile from token 0", "cpu/windows.h",
+    Mutant("ks ignored", "windows.h", "= wanted < 0 ? 0 : wanted;", "= wanted * 0;"),
+    Mutant("negative ks not clamped", "windows.h", "wanted < 0 ? 0 : wanted", "wanted"),
+    Mutant("ke is one short", "windows.h", ": windows.end[m];", ": windows.end[m] - 1;"),
+    Mutant("blocks tile from token 0", "windows.h",
            ": segment.end, segment.begin}", ": segment.end, 0}"),
-    Mutant("window runs into the next segment", "cpu/windows.h",
+    Mutant("window runs into the next segment", "windows.h",
            "{start, end < segment.end ? end : segment.end,",
            "{start, end < key_count ? end : key_count,"),
-    Mutant("segments not clamped to the keys", "cpu/windows.h",
+    Mutant("segments not clamped to the keys", "windows.h",
            "edge < key_count ? edge : key_count", "edge"),
     # pool
     Mutant("blocks straddle segments", "cpu/pool.cpp",
@@ -56,7 +56,7 @@ MUTANTS = [
            "if (last > first) *block++", "if (all) *block++"),
     Mutant("one block too few", "cpu/coarse.cpp",
            "group.select(i, params.block_topk - 2);", "group.select(i, params.block_topk - 3);"),
-    Mutant("pooled keys given are recomputed", "cpu/api.cpp",
+    Mutant("pooled keys given are recomputed", "entry.h",
            "pooled_k.has_value()\n          ? TwoTensors",
            "pooled_k.has_value() && topk == 0\n ? TwoTensors"),
     # scores
@@ -73,7 +73,7 @@ MUTANTS = [
            "_mm256_add_ps(_mm256_mul_ps(a, b), c)"),
     Mutant("last panel of heads dropped", "cpu/kernels_body.h", "cut < cuts; ++cut",
            "cut < (cuts > 1 ? cuts - 1 : 1); ++cut"),
-    Mutant("strides of weights ignored", "cpu/api.cpp", "weights.stride(0)}", "weights.size(1)}"),
+    Mutant("strides of weights ignored", "entry.h", "weights.stride(0)}", "weights.size(1)}"),
     # select
     Mutant("higher token wins a tie", "cpu/select.h",
            "~static_cast<uint32_t>(", "static_cast<uint32_t>(", times=2),
@@ -100,11 +100,27 @@ MUTANTS = [
            "std::fill(indices + n, indices + output.topk, -1);", ""),
     Mutant("first group of rows skipped", "cpu/run.h",
            "i < plan.groups &&", "i + 1 < plan.groups &&"),
-    Mutant("Ctrl-C ignored", "cpu/run.h", "if (hooks.pending != nullptr && hooks.pending())",
+    Mutant("Ctrl-C ignored", "interrupt.h", "if (hooks.pending != nullptr && hooks.pending())",
            "if (hooks.pending == nullptr)"),
+    # the threads that rows run on, and what is done on their behalf
+    Mutant("flush-to-zero as the thread has it", "cpu/run.h",
+           "const FloatEnvironment environment;", ""),
+    Mutant("pooling flushes to zero", "cpu/api.cpp", "const FloatEnvironment environment;", ""),
+    Mutant("the caller's settings are lost", "cpu/float_environment.h", "std::fesetenv(&saved_)",
+           "std::fegetenv(&saved_)"),
+    Mutant("signals asked for on any thread", "python.cpp",
+           "if (PyThread_get_thread_ident() != main_thread) return false;", ""),
     # checks
     Mutant("k_scale's length not checked", "checks.cpp", '"[N]", ScalarType::Float, {k.size(0)}',
            '"[N]", ScalarType::Float, {-1}'),
     Mutant("topk above the budget accepted", "checks.cpp", "(topk - 1) / block_size < block_topk",
            "(topk - 1) / block_size <= block_topk"),
 ]  # fmt: skip
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """Return a source file's text with the bug in it; ValueError if the text has moved on."""
+    found = text.count(mutant.old)
+    if found != mutant.times:
+        raise ValueError(f"{mutant.name}: {mutant.old!r} occurs {found} times in {mutant.file}")
+    return text.replace(mutant.old, mutant.new)
