@@ -88,6 +88,8 @@ def patch(
     T)] int32 distinct positions of the T keys. A query that sees no more than `block_topk` blocks
     gets the flat indexer's selection. Everything that `generate` does works as before. A call whose
     mask is not one range of keys per query is left to the model's own indexer, with one warning.
+    Under a sliding-window mask, which no supported model has, a token generated alone and the same
+    token in a longer prefill can get different selections, since their blocks begin elsewhere.
 
     Only the given instances change. Patching again replaces the settings; `remove()` then restores
     the true originals. state_dict, `save_pretrained`, pickling and deepcopy see an unpatched model.
