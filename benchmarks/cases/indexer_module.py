@@ -25,12 +25,12 @@ SIZES = {"full": (7168, 1536), "small": (512, 256)}  # hidden, q_lora
 
 
 LIMIT = """
-What limits the gain at 4096 tokens, float32, full projections: on the AVX-512 EPYC of the committed
-run torch.mm takes 0.70 s of the patched module's 1.26 s for the projections that both peers run,
-and hisa.index 0.48 s for 103 GFLOP of scores, 93% of the CPU's fused multiply-adds: with nothing
-else the gain would be 7.5. Tried: queries in chunks of 2, 4, 8, 16 and 32 MiB (1.71, 1.55, 1.37,
-1.35 and 1.31 s; 16 is kept, since bfloat16 is slower with 32), rotation in place (as fast), the
-AVX2 kernels (as fast)."""
+What limits the gain at 4096 tokens, float32, full projections: the projections, which both peers
+run, and in hisa.index 103 GFLOP of scores, which take 0.48 s, 93% of the fused multiply-adds of the
+AVX-512 EPYC of the committed run. With nothing else the gain would be about 7.5. Tried, in turns in
+one run of 8 rounds: as it is 1.33 s, the AVX2 kernels 1.34 s, queries in chunks of 4 MiB 1.47 s, of
+32 MiB 1.31 s (slower in bfloat16), rotation in place 1.29 s (left out: a hook that keeps the output
+of a projection would see it change)."""
 
 
 def build(
