@@ -11,6 +11,8 @@ from . import report
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
+CASES = ("indexer_module", "flat", "refine", "scaling")
+
 Record = dict[str, str]
 
 
@@ -19,14 +21,16 @@ def summary(results: Path) -> str:
     rows: list[tuple[str, ...]] = [("", "hisa", "compared with", "gain", "case")]
     rows += [*module_rows(results), *flat_rows(results), *refine_rows(results)]
     rows += scaling_rows(results)
-    first = next(iter(read(results, "flat")))
+    records = [record for case in CASES for record in read(results, case)]
+    first = records[0]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
     where = (
         f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}; torch {first['torch']}, "
-        f"transformers {first['transformers']}; commit {first['commit']}, {first['date']}."
+        f"transformers {first['transformers']}; commit {commits}, {first['date']}."
     )
     note = (
         "4096 tokens, 64 heads of 128 channels, float32, causal, where a row says nothing else;\n"
-        "`topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians of one run, memory\n"
+        "`topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians, memory\n"
         "as the peak beyond the inputs. `make bench ARGS=CASE` repeats a row, `make bench` all."
     )
     return f"{report.table(rows)}\n\n{where}\n{note}"

@@ -28,9 +28,9 @@ LIMIT = """
 What limits the gain at 4096 tokens, float32, full projections: the projections, which both peers
 run, and in hisa.index 103 GFLOP of scores, which take 0.48 s, 93% of the fused multiply-adds of the
 AVX-512 EPYC of the committed run. The rest is a tenth; Hugging Face's own time varies more from run
-to run (8.8 to 11.7 s). Tried, in turns in one run of 8 rounds: as it is 1.33 s, the AVX2 kernels 1.34 s, queries in chunks of 4 MiB 1.47 s, of
-32 MiB 1.31 s (slower in bfloat16), rotation in place 1.29 s (left out: a hook that keeps the output
-of a projection would see it change)."""
+to run (8.8 to 11.7 s). Tried, in turns in one run of 8 rounds: as it is 1.33 s, the AVX2 kernels
+1.34 s, queries in chunks of 4 MiB 1.47 s, of 32 MiB 1.31 s (slower in bfloat16), rotation in place
+1.29 s (left out: a hook that keeps the output of a projection would see it change)."""
 
 
 def build(
