@@ -1,13 +1,14 @@
 // The operators, once for every device: check, guard, sizes, allocate, fill params, run.
 //
 // `Device` is where they run. It is made from k, which sets the current device, and provides
-//   kAlignment                       of rows and their distances, in bytes
+//   kAlignment, kFarthest            of rows and their distances, in bytes
 //   pool(params), index(params, shape), flat(params, shape)
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -20,14 +21,18 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 
-// Rows may lie apart or on top of each other; their elements must be adjacent, and every row must
-// begin at a multiple of `alignment` bytes and of an element's size.
-inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1) {
+// Rows may lie apart or on top of each other; their elements must be adjacent, every row must begin
+// at a multiple of `alignment` bytes and of an element's size, and no further apart than
+// `farthest`.
+inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1,
+                       int64_t farthest = std::numeric_limits<int64_t>::max()) {
   const int64_t step = std::max<int64_t>(alignment, tensor.element_size());
   bool suits =
       tensor.stride(-1) == 1 && reinterpret_cast<intptr_t>(tensor.const_data_ptr()) % step == 0;
-  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
-    suits = suits && tensor.stride(d) * tensor.element_size() % step == 0;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) {
+    const int64_t distance = tensor.stride(d) * tensor.element_size();
+    suits = suits && distance % step == 0 && distance <= farthest;
+  }
   return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -104,7 +109,7 @@ TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
   check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
-  return pool_checked(device, adjacent(k, Device::kAlignment), adjacent(k_scale),
+  return pool_checked(device, adjacent(k, Device::kAlignment, Device::kFarthest), adjacent(k_scale),
                       adjacent(cu_seqlens_k), block_size, parse_pooling(pooling));
 }
 
@@ -119,17 +124,28 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = adjacent(q, Device::kAlignment);
-  const Tensor keys = adjacent(k, Device::kAlignment);
+  const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
+  const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
   const Tensor head_weights = adjacent(weights);
   const OptionalTensor scale = adjacent(k_scale);
   const OptionalTensor segments = adjacent(cu_seqlens_k);
   const OptionalTensor start = adjacent(ks);
   const OptionalTensor end = adjacent(ke);
+  const Shape shape{.rows = q.size(0),
+                    .keys = k.size(0),
+                    .heads = q.size(1),
+                    .dim = q.size(2),
+                    .type = element_type(k.scalar_type()),
+                    .topk = topk,
+                    .block_size = block_size,
+                    .block_topk = block_topk,
+                    .pooled = pooled_k.has_value()};
   const TwoTensors pooled =
-      pooled_k.has_value()
-          ? TwoTensors{adjacent(*pooled_k, Device::kAlignment), adjacent(*pooled_scale)}
-          : pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
+      pooled_k.has_value() ? TwoTensors{adjacent(*pooled_k, Device::kAlignment, Device::kFarthest),
+                                        adjacent(*pooled_scale)}
+      : shape.pools()
+          ? pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling))
+          : TwoTensors{keys.slice(0, 0, 0), head_weights.slice(0, 0, 0).flatten()};
 
   TwoTensors output = make_output(q, topk, return_scores);
   device.index({.queries = make_queries(queries, head_weights),
@@ -139,15 +155,7 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
                 .output = output_params(output, return_scores),
                 .block_size = block_size,
                 .block_topk = block_topk},
-               {.rows = q.size(0),
-                .keys = k.size(0),
-                .heads = q.size(1),
-                .dim = q.size(2),
-                .type = element_type(k.scalar_type()),
-                .topk = topk,
-                .block_size = block_size,
-                .block_topk = block_topk,
-                .pooled = pooled_k.has_value()});
+               shape);
   return output;
 }
 
@@ -159,8 +167,8 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = adjacent(q, Device::kAlignment);
-  const Tensor keys = adjacent(k, Device::kAlignment);
+  const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
+  const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
   const Tensor head_weights = adjacent(weights);
   const OptionalTensor scale = adjacent(k_scale);
   const OptionalTensor start = adjacent(ks);

@@ -43,7 +43,7 @@ KeyCounts count_keys(const Shape& shape, bool causal) {
   const auto add = [&](const char* stage, int64_t keys) {
     if (keys > 0) counts.emplace_back(stage, keys);
   };
-  if (!shape.flat() && !shape.pooled) add("pool", shape.keys);
+  if (shape.pools()) add("pool", shape.keys);
   if (shape.keys > 0) {
     add("coarse", times * (sums.blocks(shape.keys) - sums.blocks(shorter)));
     add(shape.flat() ? "flat" : "refine", times * (sums.tokens(shape.keys) - sums.tokens(shorter)));
@@ -52,6 +52,7 @@ KeyCounts count_keys(const Shape& shape, bool causal) {
 }
 
 int64_t pooled_bytes(const Shape& shape) {
+  if (!shape.pools()) return 0;
   return shape.slots() *
          (shape.dim * element_size(shape.type) + static_cast<int64_t>(sizeof(float)));
 }

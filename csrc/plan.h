@@ -23,6 +23,8 @@ struct Shape {
   bool pooled;         // pooled keys are given
 
   bool flat() const { return block_size == 0; }
+  // Whether pooled keys have to be made: if the window of some row may meet too many blocks.
+  bool pools() const { return !pooled && slots() > block_topk; }
   int64_t slots() const { return flat() ? 0 : (keys + block_size - 1) / block_size; }
 };
 
@@ -32,7 +34,7 @@ using KeyCounts = std::vector<std::pair<std::string, int64_t>>;
 // are left out. With `causal`, row m sees keys [0, N - M + m + 1), else all of them.
 KeyCounts count_keys(const Shape& shape, bool causal);
 
-// Bytes of the pooled keys and their scales.
+// Bytes of the pooled keys and their scales, if they are made.
 int64_t pooled_bytes(const Shape& shape);
 
 // What a call on one device runs and takes beside inputs and outputs.

@@ -12,6 +12,7 @@ namespace {
 
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
+  static constexpr int64_t kFarthest = std::numeric_limits<int64_t>::max();
 
   explicit Cpu(const Tensor&) {}
 

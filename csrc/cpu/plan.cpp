@@ -31,7 +31,7 @@ Plan make_plan(const Shape& shape, int64_t max_threads) {
                 .selector_keys = selector_keys(shape),
                 .blocks = std::min(shape.block_topk, shape.slots())};
   plan.thread_bytes = plan.sizes.bytes();
-  plan.pooled_bytes = shape.pooled ? 0 : pooled_bytes(shape);
+  plan.pooled_bytes = pooled_bytes(shape);
   return plan;
 }
 
