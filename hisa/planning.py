@@ -63,7 +63,12 @@ def plan(
                    + selector * 8) + pooled keys
 
     with at most 16 rows, and a selector of at most `2 * topk + 256` keys: independent of M, and of
-    N but for the pooled keys.
+    N but for the pooled keys. On CUDA it is the pooled keys alone, as long as a row's candidates
+    fit in shared memory (at 228 KiB a multiprocessor, up to `topk` 16,384 in any case); beyond,
+
+        rows * 4 * (12704 + 4 * max(topk, block_topk) + block_topk) + pooled keys
+
+    at most, with two rows per multiprocessor or as many as take 256 MiB, but at least one.
 
     Args:
         M, N, H, D: queries, keys, heads, head dimension.

@@ -1,0 +1,87 @@
+// The operators on CUDA.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <bit>
+
+#include "../entry.h"
+#include "../text.h"
+#include "launch.h"
+
+namespace hisa::cuda {
+namespace {
+
+constexpr int kOldest = 80;  // compute capability 8.0, Ampere
+
+// Of the current device, which has to be supported.
+DeviceLimits current_limits() {
+  DeviceLimits limits{};
+  C10_CUDA_CHECK(get_limits(c10::cuda::current_device(), limits));
+  TORCH_CHECK_VALUE(
+      limits.capability >= kOldest,
+      join("device: expected a GPU of compute capability ", kOldest / 10, ".", kOldest % 10,
+           " (Ampere) or newer, got ", limits.capability / 10, ".", limits.capability % 10));
+  return limits;
+}
+
+struct Cuda {
+  static constexpr int64_t kAlignment = 16;
+  static constexpr int64_t kFarthest = std::numeric_limits<uint32_t>::max();
+
+  explicit Cuda(const Tensor& k)
+      : guard(k.device()),
+        stream(c10::cuda::getCurrentCUDAStream()),
+        limits(current_limits()),
+        bytes(k.options().dtype(at::kByte)) {}
+
+  void pool(const PoolParams& params) { C10_CUDA_CHECK(launch_pool(params, stream)); }
+
+  void index(const IndexParams& params, const Shape& shape) {
+    run({.queries = params.queries,
+         .keys = params.keys,
+         .pooled = params.pooled,
+         .windows = params.windows,
+         .output = params.output,
+         .block_topk = params.block_topk,
+         .block_shift = std::countr_zero(static_cast<uint64_t>(params.block_size))},
+        shape);
+  }
+
+  void flat(const FlatParams& params, const Shape& shape) {
+    run({.queries = params.queries,
+         .keys = params.keys,
+         .windows = params.windows,
+         .output = params.output},
+        shape);
+  }
+
+ private:
+  void run(RowsParams params, const Shape& shape) {
+    const Geometry geometry = make_geometry(shape, limits);
+    const Tensor workspace = at::empty({geometry.workspace}, bytes);
+    if (!geometry.on_chip) params.workspace = static_cast<char*>(workspace.mutable_data_ptr());
+    C10_CUDA_CHECK(launch_rows(params, geometry, stream));
+  }
+
+  c10::cuda::CUDAGuard guard;
+  c10::cuda::CUDAStream stream;
+  DeviceLimits limits;
+  at::TensorOptions bytes;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
+  m.impl("pool_keys", &pool_keys<Cuda>);
+  m.impl("index", &hisa::index<Cuda>);
+  m.impl("flat_index", &flat_index<Cuda>);
+}
+
+}  // namespace hisa::cuda
+
+hisa::CallPlan hisa::plan_cuda(const Shape& shape) {
+  const cuda::Geometry geometry = cuda::make_geometry(shape, cuda::current_limits());
+  return {cuda::kernel_name(shape), geometry.workspace + pooled_bytes(shape)};
+}

@@ -1,0 +1,117 @@
+#include "launch.h"
+
+#include <algorithm>
+
+#include "../text.h"
+#include "memory.cuh"
+#include "variants.h"
+
+namespace hisa::cuda {
+namespace {
+
+constexpr int64_t kReserved = 1024;  // bytes of shared memory that the driver takes per block
+constexpr int64_t kWorkspace = int64_t{256}
+                               << 20;  // of a call whose buffers are not on chip, at most
+
+constexpr std::array<int64_t, 3> kChunks = {4096, 2048, 1024};  // the first that fits
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+}  // namespace
+
+cudaError_t get_limits(int device, DeviceLimits& limits) {
+  int major = 0;
+  int minor = 0;
+  int total = 0;
+  int block = 0;
+  const std::pair<int*, cudaDeviceAttr> wanted[] = {
+      {&major, cudaDevAttrComputeCapabilityMajor},
+      {&minor, cudaDevAttrComputeCapabilityMinor},
+      {&limits.multiprocessors, cudaDevAttrMultiProcessorCount},
+      {&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto& [value, attribute] : wanted)
+    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) return error;
+  limits.capability = 10 * major + minor;
+  limits.shared_total = total;
+  limits.shared_block = block;
+  return cudaSuccess;
+}
+
+Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
+  Geometry geometry{};
+  geometry.variant = find_variant(shape.heads, shape.dim);
+  geometry.kept = std::min(shape.block_topk, shape.slots());
+
+  // Candidates of a stage, and how many of them it keeps.
+  const int64_t tokens =
+      shape.flat() ? shape.keys : std::min(geometry.kept * shape.block_size, shape.keys);
+  const bool pruned = shape.slots() > shape.block_topk;
+  const int64_t candidates = std::max(tokens, pruned ? shape.slots() : 0);
+  const int64_t count = std::max(std::min(shape.topk, tokens), geometry.kept);
+
+  // A buffer of count + chunk never overflows; twice the count makes selections rare. A region
+  // that takes all candidates at once needs just one, and no buffer.
+  const auto region = [&](int64_t chunk, int64_t spare) {
+    const int64_t whole = round_up(candidates, 4);
+    const int64_t capacity = round_up(count + chunk + spare, 4);
+    geometry.chunk = chunk;
+    geometry.capacity = chunk + 2 * capacity > whole ? (whole - chunk) / 2 : capacity;
+    if (whole <= chunk) {
+      geometry.chunk = whole;
+      geometry.capacity = 0;
+    }
+    return row_bytes(geometry.chunk, geometry.capacity, geometry.kept);
+  };
+  const int64_t fixed =
+      kSharedBytes + (shape.type == ElementType::kFloat32
+                          ? shape.dim * kFmaHeads * 4
+                          : make_tile(kVariants[geometry.variant], shape.type).ring);
+  const int64_t half = limits.shared_total / kBlocksPerMultiprocessor - kReserved - fixed;
+  const int64_t all = limits.shared_block - fixed;
+  const int64_t limit = region(kChunks.back(), 0) <= half ? half : all;
+  int64_t row = 0;
+  for (const int64_t chunk : kChunks) {
+    geometry.on_chip = true;
+    if ((row = region(chunk, count)) <= limit) break;
+    if ((row = region(chunk, 0)) <= limit) break;
+    geometry.on_chip = false;
+  }
+  geometry.grid = shape.rows;
+  geometry.shared = fixed + row;
+  if (!geometry.on_chip) {
+    row = region(kChunks.front(), count);
+    geometry.shared = fixed;
+    geometry.grid = std::min(
+        shape.rows, std::clamp<int64_t>(kWorkspace / row, 1,
+                                        kBlocksPerMultiprocessor * limits.multiprocessors));
+    geometry.workspace = geometry.grid * row;
+  }
+  return geometry;
+}
+
+std::string kernel_name(const Shape& shape) {
+  if (shape.type == ElementType::kFloat32) return "cuda/fma";
+  const Variant& variant = kVariants[find_variant(shape.heads, shape.dim)];
+  return join("cuda/mma-", variant.heads, "x", variant.dim);
+}
+
+cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream) {
+  params.kept = geometry.kept;
+  params.chunk = geometry.chunk;
+  params.capacity = geometry.capacity;
+  if (params.queries.rows == 0) return cudaSuccess;
+  switch (params.keys.type) {
+    case ElementType::kFloat32:
+      return launch_rows_of<ElementType::kFloat32>(params, geometry, stream);
+    case ElementType::kBFloat16:
+      return launch_rows_of<ElementType::kBFloat16>(params, geometry, stream);
+    case ElementType::kFloat16:
+      return launch_rows_of<ElementType::kFloat16>(params, geometry, stream);
+    case ElementType::kFloat8E4M3:
+      return launch_rows_of<ElementType::kFloat8E4M3>(params, geometry, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace hisa::cuda

@@ -1,0 +1,42 @@
+// How a call is launched on one device: which kernel, how many blocks, how much memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "../plan.h"
+#include "params.h"
+
+namespace hisa::cuda {
+
+// What of a GPU decides about a launch.
+struct DeviceLimits {
+  int capability;        // 80 for 8.0
+  int multiprocessors;
+  int64_t shared_total;  // bytes of shared memory of a multiprocessor
+  int64_t shared_block;  // that one block can have
+};
+
+struct Geometry {
+  size_t variant;     // in kVariants; not used for fp32
+  int64_t grid;       // blocks
+  int64_t kept, chunk, capacity;  // see RowsParams
+  bool on_chip;       // a row's region is in shared memory, not in the workspace
+  int64_t shared;     // bytes of shared memory of a block
+  int64_t workspace;  // bytes of all blocks together
+};
+
+cudaError_t get_limits(int device, DeviceLimits& limits);
+Geometry make_geometry(const Shape& shape, const DeviceLimits& limits);
+std::string kernel_name(const Shape& shape);
+
+// Fill in what follows from the geometry, and launch. No synchronisation.
+cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream);
+cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
+
+// One translation unit each: rows_fp8.cu, ...
+template <ElementType kType>
+cudaError_t launch_rows_of(const RowsParams& params, const Geometry& geometry, cudaStream_t stream);
+
+}  // namespace hisa::cuda

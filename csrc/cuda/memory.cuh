@@ -1,0 +1,74 @@
+// Memory of a block of threads: what is shared, and the row's region of scores, which may lie
+// outside of it.
+#pragma once
+
+#include <cmath>
+
+#include "../windows.h"
+#include "source.cuh"
+
+namespace hisa::cuda {
+
+inline constexpr int kHistogram = 2048;  // bins: 11 bits of a score's key at a time
+
+// Candidates with a score above `score` pass, and the first `ties` of those that equal it.
+struct Bar {
+  float score = -INFINITY;
+  uint32_t ties = ~0U;  // with this score: everything passes
+
+  __device__ bool below(float candidate) const { return candidate > score; }
+  // NaN ranks with -inf.
+  __device__ bool equals(float candidate) const {
+    return candidate == score || (score == -INFINITY && !(candidate > score));
+  }
+};
+
+// What a stage does for a row: the best `count` of the source go to `values`, in ascending order.
+struct Stage {
+  Source source;
+  uint32_t count;
+  int32_t* values;
+  float* scores;  // may be null
+  bool last;
+};
+
+struct SharedMemory {
+  uint32_t histogram[kHistogram];  // zero between two uses
+  float weights[128];              // of the row's heads, see weight_slot(); zero behind the last
+  uint32_t sums[2][kWarps];
+  struct {
+    uint32_t bin, before, count;  // `before` candidates are in higher bins
+  } found;
+  // What all threads know about the row at hand. It lies here to spare registers.
+  Row row;
+  uint32_t kept;  // blocks
+  Stage stage;
+  int32_t zero;       // the single block of adjacent keys
+  uint32_t buffered;  // candidates in the buffer
+  Bar bar;            // that later candidates have to pass
+};
+
+// Scores of one row. A source that fits is scored into all of it; a longer one in chunks, and
+// what is still in the running is kept in the buffer, in ascending order. A scorer may write
+// kBefore scores before those wanted, and kBehind behind them: there is room, and nothing of worth.
+struct Region {
+  float* scores;      // [size] = the chunk [chunk], [kBehind], the buffer [2, capacity]
+  int64_t size;
+  uint32_t chunk;
+  uint32_t capacity;  // of the buffer
+
+  __device__ bool holds(const Source& source) const { return source.size <= size; }
+  __device__ float* buffer_scores() const { return scores + chunk + kBehind; }
+  __device__ int32_t* buffer_values() const {  // what will be returned: a block or a token
+    return reinterpret_cast<int32_t*>(buffer_scores() + capacity);
+  }
+};
+
+// Heads h and h + 8 of every 16 lie side by side: the tensor cores' layout.
+__device__ constexpr int weight_slot(int head) {
+  return head / 16 * 16 + head % 8 * 2 + head / 8 % 2;
+}
+
+inline constexpr int64_t kSharedBytes = (sizeof(SharedMemory) + 15) / 16 * 16;
+
+}  // namespace hisa::cuda

@@ -1,0 +1,213 @@
+// Stages `coarse`, `refine` and `flat`: one kernel, one row per block of threads.
+//
+//   coarse   score the pooled keys of the row's complete inner blocks, select block_topk - 2
+//   refine   score the tokens of the kept blocks, select topk
+//   flat     score the tokens of the window, select topk
+//
+// All three score and select from a Source of their own by the same code, so a token's score is the
+// same bits in each. A row's scores, candidates and blocks stay on chip unless topk is very large;
+// only its result is written. Cost of a row: (N / B + block_topk * B) * H * D multiply-adds, and
+// N / B + block_topk * B keys read from L2.
+#pragma once
+
+#include <utility>
+
+#include "../windows.h"
+#include "launch.h"
+#include "score_fma.cuh"
+#include "score_mma.cuh"
+#include "select.cuh"
+#include "variants.h"
+
+namespace hisa::cuda {
+
+// Keys from `first` on that lie side by side.
+__device__ inline Source adjacent(const SharedMemory& memory, const Keys& keys, int64_t first,
+                                  int64_t size) {
+  return {.data = static_cast<const char*>(keys.data),
+          .scale = keys.scale,
+          .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
+          .size = static_cast<uint32_t>(size),
+          .blocks = &memory.zero,
+          .first = static_cast<uint32_t>(first),
+          .last_key = static_cast<uint32_t>(first + size - 1),
+          .block_shift = 31,
+          .origin = static_cast<int32_t>(first),
+          .value_shift = 0,
+          .value_origin = 0};
+}
+
+// Stage `coarse`: the row's blocks [first + 1, last), numbered within the segment. The first and
+// the last are kept in any case. Only these two can be cut by the window or the segment's end, so
+// all others are complete.
+__device__ inline Stage coarse(const RowsParams& params, const SharedMemory& memory, const Row& row,
+                               int64_t first, int64_t last, int32_t* blocks) {
+  const int64_t size = int64_t{1} << params.block_shift;
+  const int64_t slot = (row.origin + size - 1) / size;  // of the segment's block 0
+  Source source = adjacent(memory, params.pooled, slot + first + 1, last - first - 1);
+  source.origin = static_cast<int32_t>(slot);
+  source.value_shift = params.block_shift;
+  source.value_origin = static_cast<int32_t>(row.origin);
+  return {.source = source,
+          .count = static_cast<uint32_t>(params.block_topk - 2),
+          .values = blocks + 1,
+          .scores = nullptr,
+          .last = false};
+}
+
+// Stages `refine` and `flat`: the window's tokens, those of the kept blocks or, if there are none,
+// all.
+__device__ inline Stage tokens(const RowsParams& params, const SharedMemory& memory, int64_t m,
+                               const Row& row, uint32_t kept, const int32_t* blocks) {
+  const Output& output = params.output;
+  Source source = adjacent(memory, params.keys, row.start, row.end - row.start);
+  if (kept > 0) {  // no block but the first and the last is cut, so positions have no gaps
+    const int64_t whole = int64_t{kept - 1} << params.block_shift;
+    source.blocks = blocks;
+    source.block_shift = params.block_shift;
+    source.first = static_cast<uint32_t>(row.start - blocks[0]);
+    source.size = static_cast<uint32_t>(whole + row.end - blocks[kept - 1]) - source.first;
+  }
+  return {.source = source,
+          .count = static_cast<uint32_t>(min(output.topk, int64_t{source.size})),
+          .values = output.indices + m * output.topk,
+          .scores = output.scores == nullptr ? nullptr : output.scores + m * output.topk,
+          .last = true};
+}
+
+// Take up row m: its heads' weights, the blocks that are kept in any case, the first stage, if any.
+__device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory& memory,
+                                          int32_t* blocks, int64_t m) {
+  const Queries& queries = params.queries;
+  const int h = static_cast<int>(threadIdx.x);
+  static_assert(kThreads == sizeof(SharedMemory::weights) / sizeof(float), "one head per thread");
+  memory.weights[weight_slot(h)] =
+      h < queries.heads ? queries.weights[m * queries.weights_stride + h] : 0.0F;
+
+  const Row row = find_row(params.windows, m, params.keys.count);
+  const int64_t size = int64_t{1} << params.block_shift;
+  const int64_t first = row.empty() ? 0 : row.block(row.start, size);
+  const int64_t last = row.empty() ? 0 : row.block(row.end - 1, size);
+  const auto start = [&](int64_t number) {
+    return static_cast<int32_t>(row.origin + number * size);
+  };
+  const bool pruned = params.block_topk > 0 && last - first >= params.block_topk;
+  const auto kept = static_cast<uint32_t>(min(params.block_topk, last - first + 1));  // flat: 0
+  if (pruned) {
+    if (threadIdx.x == 0) {
+      blocks[0] = start(first);
+      blocks[kept - 1] = start(last);
+    }
+  } else {
+    for (uint32_t i = threadIdx.x; i < kept; i += kThreads) blocks[i] = start(first + i);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    memory.row = row;
+    memory.kept = kept;
+    memory.zero = 0;
+    memory.buffered = 0;
+    memory.bar = Bar{};
+    memory.stage = row.empty()          ? Stage{.last = true}
+                   : pruned && kept > 2 ? coarse(params, memory, row, first, last, blocks)
+                                        : tokens(params, memory, m, row, kept, blocks);
+  }
+  __syncthreads();
+}
+
+// Write what the stage selects, and set the next one; returns whether there is one.
+__device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMemory& memory,
+                                             const Region& region, const int32_t* blocks,
+                                             int64_t m) {
+  write_best(memory, region);
+  const bool last = memory.stage.last;
+  __syncthreads();
+  if (!last && threadIdx.x == 0) {
+    memory.buffered = 0;
+    memory.bar = Bar{};
+    memory.stage = tokens(params, memory, m, memory.row, memory.kept, blocks);
+  }
+  __syncthreads();
+  return !last;
+}
+
+// Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots.
+__device__ __forceinline__ void finish_row(const RowsParams& params, const SharedMemory& memory,
+                                           bool scored, int64_t m) {
+  const Output& output = params.output;
+  const Stage& stage = memory.stage;
+  int32_t* indices = output.indices + m * output.topk;
+  if (!scored)
+    for (uint32_t i = threadIdx.x; i < stage.count; i += kThreads)
+      indices[i] = stage.source.value(i);
+  for (int64_t i = stage.count + threadIdx.x; i < output.topk; i += kThreads) {
+    indices[i] = -1;
+    if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
+  }
+}
+
+template <class Scorer>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    rows_kernel(const __grid_constant__ RowsParams params) {
+  extern __shared__ uint4 shared[];
+  auto& memory = *reinterpret_cast<SharedMemory*>(shared);
+  char* extra = reinterpret_cast<char*>(shared) + kSharedBytes;
+  char* row = extra + Scorer::shared_bytes(params.keys.dim);
+  if (params.workspace != nullptr)
+    row = params.workspace + blockIdx.x * row_bytes(params.chunk, params.capacity, params.kept);
+  const Region region{.scores = reinterpret_cast<float*>(row) + kBefore,
+                      .size = region_size(params.chunk, params.capacity),
+                      .chunk = static_cast<uint32_t>(params.chunk),
+                      .capacity = static_cast<uint32_t>(params.capacity)};
+  // [kept] first tokens, behind the scores of a last tile
+  auto* blocks = reinterpret_cast<int32_t*>(region.scores + region.size + kBehind);
+  Scorer scorer(memory, extra, params.queries, params.keys.dim);
+  for (int i = threadIdx.x; i < kHistogram; i += kThreads) memory.histogram[i] = 0;
+
+  // Rows from the last to the first: in a causal prefill the last ones take longest.
+  for (int64_t i = blockIdx.x; i < params.queries.rows; i += gridDim.x) {
+    const int64_t m = params.queries.rows - 1 - i;
+    begin_row(params, memory, blocks, m);
+    const bool scored =
+        memory.stage.scores != nullptr || memory.stage.count < memory.stage.source.size;
+    for (bool more = scored; more; more = finish_stage(params, memory, region, blocks, m)) {
+      const Source source = memory.stage.source;
+      const uint32_t chunk = region.holds(source) ? source.size : region.chunk;
+      for (uint32_t begin = 0; begin < source.size; begin += chunk) {
+        const uint32_t n = min(source.size - begin, chunk);
+        for (int group = 0; group < scorer.groups(); ++group)
+          scorer.score(m, group, source, begin, n, region.scores);
+        __syncthreads();
+        if (!region.holds(source)) add_to_buffer(memory, region, source, begin, n);
+      }
+    }
+    finish_row(params, memory, scored, m);
+    __syncthreads();
+  }
+}
+
+template <class Scorer>
+cudaError_t launch(const RowsParams& params, const Geometry& geometry, cudaStream_t stream) {
+  const auto shared = static_cast<int>(geometry.shared);
+  const cudaError_t error = cudaFuncSetAttribute(
+      rows_kernel<Scorer>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  rows_kernel<Scorer><<<static_cast<unsigned>(geometry.grid), kThreads, shared, stream>>>(params);
+  return cudaGetLastError();
+}
+
+// Every variant is compiled for the type; the geometry says which one runs.
+template <ElementType kType>
+cudaError_t launch_rows_of(const RowsParams& params, const Geometry& geometry,
+                           cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    ((i == geometry.variant
+          ? void(error = launch<MmaScorer<kType, kVariants[i]>>(params, geometry, stream))
+          : void()),
+     ...);
+  }(std::make_index_sequence<kVariants.size()>());
+  return error;
+}
+
+}  // namespace hisa::cuda
