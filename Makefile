@@ -51,7 +51,7 @@ NAMES := $(if $(V),cat,sed -uEn 's%^ *(Collecting|Processing) ([^ ]*/)?([^ ]+).*
 WORKERS = $$($(PY) -c 'import xdist; print("--numprocesses $(JOBS) --dist worksteal")' 2>/dev/null)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(WORKERS)
 
-.PHONY: help demo test test-long lint format bench build sanitize clean
+.PHONY: help demo test test-long test-gpu-long lint format bench build sanitize sanitize-cuda clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ test: $(READY) ## the fast suite
 
 test-long: $(READY) ## the long versions of the tests (hours)
 	$(PYTEST) -m long $(ARGS)
+
+test-gpu-long: $(READY) sanitize-cuda ## the long versions on a GPU, and sanitize-cuda (an hour)
+	$(PYTEST) -m long --families cuda tests/test_*.py $(ARGS)
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .
@@ -101,6 +104,19 @@ sanitize: $(READY) ## the fast suite under AddressSanitizer and UndefinedBehavio
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORT) \
 	$(PYTEST) -o pythonpath='$(SANITIZED) .' --import-mode=append -m 'not long and not gpu' \
 	  $(UNSANITIZED) $(ARGS) || { cat $(REPORT)* 2>/dev/null; exit 1; }
+
+# Each tool must report a bug made for it, and nothing in ours.
+CUDA_TOOLS := memcheck racecheck initcheck synccheck
+CHECKED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
+sanitize-cuda: $(READY) ## every CUDA kernel under the four tools of compute-sanitizer
+	@nvcc -w -o build/seeded_bugs tests/seeded_bugs.cu
+	@for tool in $(CUDA_TOOLS); do \
+	  if $(CHECKED) $$tool build/seeded_bugs $$tool >build/sanitize.log; then \
+	    cat build/sanitize.log; echo "$$tool does not report its seeded bug"; exit 1; fi; \
+	  $(CHECKED) $$tool $(PY) -m tests.sanitize_cuda >build/sanitize.log 2>&1 \
+	    || { cat build/sanitize.log; exit 1; }; \
+	  echo "$$tool: $$(tail -n 2 build/sanitize.log | paste -sd ' ')"; \
+	done
 
 clean: ## remove everything that was built (.venv stays)
 	rm -rf build dist *.egg-info hisa/_C*.so

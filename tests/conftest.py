@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 import torch
 
-from tests.families import FAMILIES, REFERENCE, Family, available
+from tests.families import FAMILIES, REFERENCE, Family, available, usable_cuda
 
 TEST_SECONDS = 60
 
@@ -45,6 +45,14 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
 
 
 any_family = family
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, or where hisa was built without CUDA."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not usable_cuda():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and a build with CUDA"))
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,7 @@ FAMILIES = (
     Family("cpu-baseline", isa="baseline"),
     Family("cpu-avx2", isa="avx2"),
     Family("cpu-avx512", isa="avx512"),
+    Family("cuda", device="cuda", cpu_order=False, dot_roundoff=2.0**-22),
 )
 
 
@@ -114,5 +115,14 @@ def usable_isas() -> list[str]:
 
 def available() -> list[Family]:
     """Return the kernel families of this build that this machine can run."""
-    usable = usable_isas()
-    return [f for f in FAMILIES if f.isa is None or f.isa in usable]
+    return [f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda())]
+
+
+def usable_cuda() -> bool:
+    """Return whether this build has CUDA kernels and this machine a GPU."""
+    import hisa
+
+    return bool(hisa.build_info()["cuda"]) and torch.cuda.is_available()
+
+
+CUDA = FAMILIES[-1]

@@ -1,0 +1,36 @@
+"""T11: every CUDA kernel on small shapes, for compute-sanitizer to watch (`make sanitize-cuda`).
+
+Compares with the oracle as well, so that a run that did nothing is not a clean one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests import oracle
+from tests.builders import exact_case, int32
+from tests.checker import assert_same
+from tests.families import CUDA
+from tests.numeric import DTYPES
+from tests.test_cuda_dispatch import KERNELS
+
+
+def main() -> None:
+    """Run all shapes."""
+    shapes = 0
+    for dtype in DTYPES:
+        for heads, depth, _ in KERNELS:
+            case = exact_case(shapes, dtype=dtype, M=3, N=260, H=heads, D=depth, B=8, topk=21,
+                              block_topk=5, ke=int32([260, 133, 7]))  # fmt: skip
+            assert_same(CUDA.index(case), oracle.index(case))
+            assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+            shapes += 1
+    for n, topk in [(30000, 2048), (70000, 65000)]:  # in chunks; in the workspace
+        case = exact_case(shapes, dtype=torch.bfloat16, M=1, N=n, H=1, D=16, topk=topk)
+        assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+        shapes += 1
+    print(f"{shapes} shapes right")
+
+
+if __name__ == "__main__":
+    main()
