@@ -21,7 +21,8 @@ from .masks import Windows
 from .models import IndexerSpec, rotary
 from .settings import Settings
 
-CHUNK_BYTES = 16 << 20  # of projected queries handled together; weights are read once per chunk
+# Of projected queries handled together; weights are read once per chunk, and a GPU wants many rows.
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 128 << 20
 
 PositionEmbeddings = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
 Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
@@ -69,7 +70,7 @@ def select(
     exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 1 + 1
     pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
     pooled = hisa.pool_keys(k, **options) if pruned else None
-    for start in range(0, length, step := rows_per_chunk(module, batch, dtype)):
+    for start in range(0, length, step := rows_per_chunk(module, batch, k)):
         rows = slice(start, start + step)
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
         indices = hisa.index(
@@ -143,10 +144,10 @@ def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def rows_per_chunk(module: Indexer, batch: int, dtype: torch.dtype) -> int:
+def rows_per_chunk(module: Indexer, batch: int, k: Tensor) -> int:
     """Return how many rows of every batch entry fit in CHUNK_BYTES of queries; at least 1."""
-    row = batch * module.n_heads * module.head_dim * dtype.itemsize
-    return max(1, CHUNK_BYTES // int(row))
+    row = batch * module.n_heads * module.head_dim * k.dtype.itemsize
+    return max(1, (CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES) // int(row))
 
 
 def complete(indices: Tensor, ks: Tensor, ke: Tensor, keys: int, *, exhaustive: bool) -> Tensor:
