@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+import hisa
+
 from . import cases, report, summary
 from .harness import Bench
 
@@ -59,7 +63,11 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
 
 def run_case(name: str, module: ModuleType, *, quick: bool, plot: bool, out: Path | None) -> None:
     """Run one case and write its files."""
-    bench = Bench(name, quick=quick)
+    device = getattr(module, "DEVICE", "cpu")
+    if device == "cuda" and not (hisa.build_info()["cuda"] and torch.cuda.is_available()):
+        print(f"# {name}\n\nskipped: needs a GPU and a build with CUDA")
+        return
+    bench = Bench(name, quick=quick, device=device)
     title = (module.__doc__ or name).splitlines()[0]
     where = ", ".join(f"{key} {value}" for key, value in bench.environment.items() if value != "")
     bench.say(f"# {name}\n\n{title}\n\n{where}")

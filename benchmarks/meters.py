@@ -1,5 +1,8 @@
 """Time and peak memory of one call. One class per kind of device; `METERS` names them.
 
+On a GPU, time is taken by events on the device, and memory from torch's allocator, which counts
+every tensor.
+
 Memory is what a call takes beyond its inputs, its result included: the highest resident size during
 the call less the resident size before it. The kernel keeps that maximum (VmHWM) and resets it on
 request, so nothing has to be sampled. Each measurement has a process of its own: memory that an
@@ -16,6 +19,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 Call = Callable[[], object]
 Shape = Mapping[str, int | str]
@@ -55,15 +60,45 @@ class CpuMeter:
         return max(0, peak - before)
 
 
-METERS: dict[str, Meter] = {"cpu": CpuMeter()}
+class CudaMeter:
+    """Events on the device, and the bytes of all tensors on it."""
+
+    def seconds(self, call: Call) -> float:
+        """Run the call and return the time that it keeps the device busy."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
+
+    def peak_bytes(self, call: Call) -> int:
+        """Run the call and return by how much the allocated bytes rose."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        del result
+        return peak - before
+
+
+METERS: dict[str, Meter] = {"cpu": CpuMeter(), "cuda": CudaMeter()}
 
 
 def peak_bytes(device: str, build: Build, peer: str, shape: Shape) -> int | None:
-    """Measure a call's peak memory in a fresh process; None if the system killed it.
+    """Measure a call's peak memory, on the CPU in a fresh process; None if the system killed it.
 
     Raises:
         RuntimeError: the call failed; its traceback is on standard error.
     """
+    if device == "cuda":  # counts tensors, so that what the allocator keeps does not matter
+        torch.cuda.empty_cache()
+        return METERS[device].peak_bytes(build(peer, **shape))
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, device, build, peer, dict(shape)))

@@ -11,29 +11,90 @@ from . import report
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
-CASES = ("indexer_module", "flat", "refine", "scaling")
+CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
+CUDA_CASES = ("cuda_module", "cuda_prefill")
+HEADER = ("", "hisa", "compared with", "gain", "case")
 
 Record = dict[str, str]
 
 
 def summary(results: Path) -> str:
-    """Return the table and where its numbers come from."""
-    rows: list[tuple[str, ...]] = [("", "hisa", "compared with", "gain", "case")]
+    """Return a table for each kind of device and where its numbers come from."""
+    return f"{cuda_summary(results)}\n\n{cpu_summary(results)}"
+
+
+def cuda_summary(results: Path) -> str:
+    """Return the table of what was measured on a GPU."""
+    rows = [HEADER, *cuda_module_rows(results), *cuda_prefill_rows(results)]
+    note = (
+        "On a GPU. fp8, D 128, causal, `topk` 2048, `block_topk` 64, `block_size` 128, random\n"
+        "inputs; the module in bfloat16, hidden 7168. Medians; memory beyond the inputs."
+    )
+    return f"{report.table(rows)}\n\n{note}\n{origin(results, CUDA_CASES)}"
+
+
+def cpu_summary(results: Path) -> str:
+    """Return the table of what was measured on a CPU."""
+    rows: list[tuple[str, ...]] = [HEADER]
     rows += [*module_rows(results), *flat_rows(results), *refine_rows(results)]
     rows += scaling_rows(results)
-    records = [record for case in CASES for record in read(results, case)]
+    note = (
+        "On a CPU. 4096 tokens, 64 heads of 128 channels, float32, causal, where a row says\n"
+        "nothing else; `topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians,\n"
+        "memory beyond the inputs. `make bench ARGS=CASE` repeats a row, `make bench` all."
+    )
+    return f"{report.table(rows)}\n\n{note}\n{origin(results, CPU_CASES)}"
+
+
+def origin(results: Path, cases: tuple[str, ...]) -> str:
+    """Return where and with what some cases were measured."""
+    records = [record for case in cases for record in read(results, case)]
     first = records[0]
     commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
-    where = (
-        f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}; torch {first['torch']}, "
-        f"transformers {first['transformers']}; commit {commits}, {first['date']}."
+    where = first["gpu"] or f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}"
+    return (
+        f"{where}; torch {first['torch']}, transformers {first['transformers']}; "
+        f"commit {commits}, {first['date']}."
     )
-    note = (
-        "4096 tokens, 64 heads of 128 channels, float32, causal, where a row says nothing else;\n"
-        "`topk` 512, `block_topk` 16, `block_size` 128, random inputs. Medians, memory\n"
-        "as the peak beyond the inputs. `make bench ARGS=CASE` repeats a row, `make bench` all."
-    )
-    return f"{report.table(rows)}\n\n{where}\n{note}"
+
+
+def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about the patched module on a GPU."""
+    records = read(results, "cuda_module")
+    rows: list[tuple[str, ...]] = []
+    for ours in (r for r in records if r["peer"] == "patched"):
+        own = [r for r in records if r["peer"] == "Hugging Face" and r["keys"] == ours["keys"]]
+        compared, gain = "Hugging Face: out of memory", ""
+        if own:
+            less = int(own[0]["peak_extra_bytes"]) / int(ours["peak_extra_bytes"])
+            compared = f"Hugging Face: {time(own[0])}, {memory(own[0])}"
+            gain = f"{ratio(own[0], ours):.1f}x time, {less:.0f}x memory"
+        what = f"V3.2 indexer module, {ours['keys']} tokens"
+        rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_module"))
+    return rows
+
+
+def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about prefills on a GPU."""
+    records = read(results, "cuda_prefill")
+    rows: list[tuple[str, ...]] = []
+    for plain in (r for r in records if r["peer"] == "torch in chunks"):
+        same = {key: plain[key] for key in ("rows", "keys", "heads")}
+        compared = f"torch in chunks: {time(plain)}, {memory(plain)}"
+        for op in ("index", "flat_index"):
+            ours = find(records, peer=f"hisa.{op}", **same)
+            what = f"`{op}`, {ours['rows']} x {ours['keys']}, {ours['heads']} heads"
+            gain = f"{ratio(plain, ours):.1f}x time"
+            rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_prefill"))
+    keys = {int(r["keys"]) for r in records if r["rows"] == "4096"}
+    for length in sorted(keys)[-3::2]:
+        same = {"rows": "4096", "keys": str(length), "heads": "64"}
+        ours = find(records, peer="hisa.index", **same)
+        flat = find(records, peer="hisa.flat_index", **same)
+        what = f"`index`, last 4096 of {length}, 64 heads"
+        gain = f"{ratio(flat, ours):.1f}x time"
+        rows.append((what, time(ours), f"`flat_index`: {time(flat)}", gain, "cuda_prefill"))
+    return rows
 
 
 def update_readme(text: str) -> None:

@@ -46,7 +46,7 @@ def build(
 
 
 def make_module(
-    keys: int, hidden: int, q_lora: int, dtype: torch.dtype
+    keys: int, hidden: int, q_lora: int, dtype: torch.dtype, topk: int = TOPK
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build an indexer with random weights, and the arguments of its forward."""
     from transformers.models.deepseek_v32 import DeepseekV32Config
@@ -58,7 +58,7 @@ def make_module(
         q_lora_rank=q_lora,
         index_n_heads=HEADS,
         index_head_dim=DIM,
-        index_topk=TOPK,
+        index_topk=topk,
     )
     indexer = deepseek.DeepseekV32Indexer(config, 0).to(dtype).eval()
     hidden_states = torch.randn(1, keys, hidden, dtype=dtype)

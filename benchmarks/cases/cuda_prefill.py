@@ -1,0 +1,152 @@
+"""Causal prefill on a GPU: hisa.index and hisa.flat_index against a flat indexer in torch.
+
+fp8 queries and keys, D = 128, and DeepSeek-V3.2's setting: blocks of 128, 64 of them kept, 2048
+tokens selected. Queries are the last of the keys. Inputs are independent random numbers, the worst
+case for caches: neighbouring rows share few blocks. The chunked peer gets bf16, which it needs
+for its matrix product, dequantised outside of the measured time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import hisa
+from benchmarks.harness import Bench, Measurement
+from benchmarks.inputs import overlap
+
+DEVICE = "cuda"
+INDEX, FLAT, TORCH = "hisa.index", "hisa.flat_index", "torch in chunks"
+TOPK, DIM = 2048, 128
+CHUNK_BYTES = 1 << 30  # of dot products that the chunked peer makes at a time
+
+
+LIMIT = """
+What limits hisa.index at 64K x 64K, H=64: its 8.5 TFLOP take 13.7 ms at the 620 TFLOP/s that
+mma.sync reaches on this chip; the rest is what two warps per scheduler, all that 255 registers a
+thread allow, do not hide. ncu's samples: 79% in the loop that scores, 14% in selection, 7% in the
+starts and ends of rows. In the loop a warp takes 1175 cycles for a tile of 16 keys, 515 of them in
+its 64 products, during which it issues nothing else, and 660 in 200 other instructions; so a
+scheduler's two warps take 590 where the tensor cores need 400. Tried, in milliseconds: keys as the
+A operand, loaded to registers, 29.5; the same with products and sums interleaved 32.9; heads as the
+A operand, keys copied to shared memory, 32.1; the loop as one basic block 29.0; selection without
+calls 25.3; addresses in fewer instructions 24.4. hisa.flat_index has the same loop. The 6 us by
+which hisa.index is slower at 2K are the host's: nothing is scored there, and it has more arguments
+to check."""
+
+
+def make_inputs(rows: int, keys: int, heads: int) -> dict[str, Any]:
+    """Return fp8 queries and keys with their scales, weights and causal windows."""
+    random = torch.Generator("cuda").manual_seed(rows + keys + heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=random, dtype=torch.bfloat16)
+
+    q, q_scale = hisa.quantize_fp8(normal(rows, heads, DIM))
+    k, k_scale = hisa.quantize_fp8(normal(keys, DIM))
+    ke = torch.arange(keys - rows + 1, keys + 1, device="cuda", dtype=torch.int32)
+    return {"q": q, "k": k, "weights": normal(rows, heads) * q_scale, "k_scale": k_scale, "ke": ke}
+
+
+def build(peer: str, *, rows: int, keys: int, heads: int) -> Callable[[], Tensor]:
+    """Return one peer's call."""
+    inputs = make_inputs(rows, keys, heads)
+    if peer == INDEX:
+        return lambda: cast(Tensor, hisa.index(**inputs, topk=TOPK))
+    if peer == FLAT:
+        return lambda: cast(Tensor, hisa.flat_index(**inputs, topk=TOPK))
+    q = inputs["q"].bfloat16()
+    k = (inputs["k"].float() * inputs["k_scale"][:, None]).bfloat16()
+    return lambda: flat_in_chunks(q, k, inputs["weights"], inputs["ke"])
+
+
+def flat_in_chunks(q: Tensor, k: Tensor, weights: Tensor, ke: Tensor) -> Tensor:
+    """Flat indexer in plain torch: a matrix product, ReLU, weighted sum and topk for a few rows."""
+    rows, heads, _ = q.shape
+    keys = len(k)
+    step = max(1, CHUNK_BYTES // (2 * heads * keys))
+    indices = torch.full((rows, TOPK), -1, device=q.device, dtype=torch.int32)
+    tokens = torch.arange(keys, device=q.device, dtype=torch.int32)
+    half = weights.bfloat16()
+    for start in range(0, rows, step):
+        at = slice(start, min(start + step, rows))
+        end = keys - rows + at.stop  # no row of the chunk sees more
+        dots = (q[at].flatten(0, 1) @ k[:end].T).relu_().view(-1, heads, end)
+        scores = (half[at, None] @ dots).squeeze(1)
+        scores.masked_fill_(tokens[:end] >= ke[at, None], -torch.inf)
+        best = scores.topk(min(TOPK, end), sorted=False)
+        indices[at, : best.indices.shape[1]] = best.indices.masked_fill_(
+            best.values == -torch.inf, -1
+        ).int()
+    return indices
+
+
+def check(results: Mapping[str, object]) -> None:
+    """Raise if the peers differ by more than bf16 explains, at a length that the budget covers."""
+    wanted = cast(Tensor, results[FLAT])
+    if not torch.equal(wanted, cast(Tensor, results[INDEX])):
+        raise RuntimeError("hisa.index differs from hisa.flat_index where it must not")
+    share = overlap(wanted[::64].cpu(), cast(Tensor, results[TORCH])[::64].cpu())
+    if share < 0.98:
+        raise RuntimeError(f"{TORCH} has only {share:.2%} of the tokens of {FLAT}")
+
+
+def run(bench: Bench) -> None:
+    """Measure prefills, the last rows of long contexts, and the crossover."""
+    bench.agree(build, (INDEX, FLAT, TORCH), {"rows": 4096, "keys": 4096, "heads": 64}, check)
+    if bench.quick:
+        bench.measure(build, (INDEX, FLAT, TORCH), {"rows": 1024, "keys": 16384, "heads": 8})
+        return
+    for rows, keys, heads in [(16384, 16384, 64), (65536, 65536, 64), (65536, 65536, 32)]:
+        found = measure(bench, (INDEX, FLAT, TORCH), rows, keys, heads)
+        goals(bench, found, keys, heads)
+    found = measure(bench, (INDEX, FLAT), 8192, 1 << 20, 64)
+    beyond = cast(int, found[INDEX].peak_bytes) - 8192 * TOPK * 4
+    bench.goal("MiB beyond the output, 8192 x 1M, H=64", beyond / 2**20, at_most=512)
+    worst = 0.0
+    for keys in [2**i for i in range(11, 21)]:
+        found = measure(bench, (INDEX, FLAT), min(keys, 4096), keys, 64, memory=False)
+        worst = max(worst, found[INDEX].median / found[FLAT].median)
+    bench.goal("hisa.index / hisa.flat_index, the worst of 2K to 1M keys", worst, at_most=1.05,
+               digits=2)  # fmt: skip
+    bench.say(LIMIT)
+
+
+def measure(
+    bench: Bench, peers: tuple[str, ...], rows: int, keys: int, heads: int, memory: bool = True
+) -> dict[str, Measurement]:
+    """Measure one shape."""
+    shape = {"M": rows, "N": keys, "H": heads, "D": DIM, "topk": TOPK, "causal": True}
+    options: dict[str, Any] = {"dtype": torch.float8_e4m3fn, "device": "cuda"}
+    operations = {}
+    for peer, op in ((INDEX, "index"), (FLAT, "flat_index"), (TORCH, "flat_index")):
+        stages = hisa.plan(**shape, op=op, **options).operations  # type: ignore[arg-type]
+        operations[peer] = sum(n for stage, n in stages.items() if stage != "pool")
+    return bench.measure(
+        build,
+        peers,
+        {"rows": rows, "keys": keys, "heads": heads},
+        operations=operations,
+        memory=peers if memory else (),
+        min_runs=3,
+        max_runs=20,
+        seconds=0.5,
+    )
+
+
+def goals(bench: Bench, found: Mapping[str, Measurement], keys: int, heads: int) -> None:
+    """Note the goals of one prefill."""
+    at = f"{keys // 1024}K x {keys // 1024}K, H={heads}"
+    asked = {
+        (65536, 64): {INDEX: 21.0, FLAT: 95.0},
+        (65536, 32): {INDEX: 16.0},
+        (16384, 64): {FLAT: 6.0},
+    }
+    for peer, limit in asked[keys, heads].items():
+        bench.goal(f"ms of {peer}, {at}", found[peer].median * 1e3, at_most=limit, digits=2)
+    if (keys, heads) == (65536, 64):
+        beyond = cast(int, found[FLAT].peak_bytes) - keys * TOPK * 4
+        bench.goal(f"MiB of {FLAT} beyond the output, {at}", beyond / 2**20, at_most=256)
