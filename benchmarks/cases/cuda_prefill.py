@@ -34,8 +34,8 @@ scheduler's two warps take 590 where the tensor cores need 400. Tried, in millis
 A operand, loaded to registers, 29.5; the same with products and sums interleaved 32.9; heads as the
 A operand, keys copied to shared memory, 32.1; the loop as one basic block 29.0; selection without
 calls 25.3; addresses in fewer instructions 24.4. hisa.flat_index has the same loop. The 6 us by
-which hisa.index is slower at 2K are the host's: nothing is scored there, and it has more arguments
-to check."""
+which hisa.index is slower at 2K should be the host's: nothing is scored there, and it has more
+arguments to check."""
 
 
 def make_inputs(rows: int, keys: int, heads: int) -> dict[str, Any]:
