@@ -1,4 +1,4 @@
-"""Quantisation of queries and keys to fp8, one scale per row."""
+"""Quantisation of queries and keys to fp8, one scale per row, as DeepSeek-V3.2 does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .reference import FP8_MAX, MIN_SCALE
 
 
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise to float8_e4m3fn with one scale per row of the last dimension.
 
     `scale = max(amax(|x|) / 448, 1e-10)` and `x_fp8 = x / scale`, rounded to nearest even. A key's
@@ -17,6 +17,8 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: `[..., D]` of any floating-point dtype.
+        power_of_two: round the scale up to a power of two, which an exponent alone can store. The
+            quantised values are then half as large at worst.
 
     Returns:
         `(x_fp8, scale)`: `[..., D]` float8_e4m3fn and `[...]` float32.
@@ -32,4 +34,33 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x: expected [..., D] with D >= 1, got {list(x.shape)}")
     wide = x.float()
     scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=MIN_SCALE)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2 ** exponent, from 0.5 on
+        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = torch.where(scale.isfinite(), rounded, scale)
     return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def rotate_hadamard(x: Tensor) -> Tensor:
+    """Rotate the last dimension by the normalised Hadamard matrix, in fp32.
+
+    Applied to queries and keys alike it leaves their dot products as they are, and spreads outliers
+    over all channels, so that less is lost in 8 bits.
+
+    Args:
+        x: `[..., D]` of any floating-point dtype, D a power of two.
+
+    Returns:
+        `[..., D]` float32.
+
+    Raises:
+        ValueError: D is not a power of two.
+    """
+    size = x.shape[-1]
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"x: expected [..., D] with D a power of two, got {list(x.shape)}")
+    matrix = torch.ones(1, 1, device=x.device)
+    while len(matrix) < size:  # Sylvester's construction
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    rotated: Tensor = x.float() @ (matrix * size**-0.5)
+    return rotated

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import hisa
+from hisa.quantize import quantize_fp8, rotate_hadamard
 
 from .masks import Windows
 from .models import IndexerSpec, rotary
@@ -59,8 +60,9 @@ def select(
         return selected
 
     dtype = scoring_dtype(q_resid.dtype, k.dtype)
-    k = k.to(dtype).flatten(0, 1)
+    k, k_scale = to_precision(settings, k.to(dtype).flatten(0, 1))
     options: dict[str, Any] = {
+        "k_scale": k_scale,
         "cu_seqlens_k": windows.cu_seqlens_k,
         "block_size": settings.block_size,
         "pooling": settings.pooling,
@@ -70,13 +72,16 @@ def select(
     exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 1 + 1
     pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
     pooled = hisa.pool_keys(k, **options) if pruned else None
-    for start in range(0, length, step := rows_per_chunk(module, batch, k)):
+    for start in range(0, length, step := rows_per_chunk(module, batch, dtype, k.is_cuda)):
         rows = slice(start, start + step)
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
+        queries = project_queries(module, spec, q_resid[:, rows], cos_sin)
+        q, q_scale = to_precision(settings, queries.to(dtype).flatten(0, 1))
+        weights = project_weights(module, hidden_states[:, rows]).flatten(0, 1)
         indices = hisa.index(
-            project_queries(module, spec, q_resid[:, rows], cos_sin).to(dtype).flatten(0, 1),
+            q,
             k,
-            project_weights(module, hidden_states[:, rows]).flatten(0, 1),
+            weights if q_scale is None else weights * q_scale,
             ks=windows.packed_ks[:, rows].flatten(),
             ke=windows.packed_ke[:, rows].flatten(),
             pooled=pooled,
@@ -144,10 +149,19 @@ def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def rows_per_chunk(module: Indexer, batch: int, k: Tensor) -> int:
+def to_precision(settings: Settings, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Quantise queries [R, H, D] or keys [N, D] if that is wanted; a scale for each vector."""
+    if settings.precision == "model":
+        return x, None
+    return quantize_fp8(
+        rotate_hadamard(x) if settings.hadamard else x, power_of_two=settings.power_of_two
+    )
+
+
+def rows_per_chunk(module: Indexer, batch: int, dtype: torch.dtype, cuda: bool) -> int:
     """Return how many rows of every batch entry fit in CHUNK_BYTES of queries; at least 1."""
-    row = batch * module.n_heads * module.head_dim * k.dtype.itemsize
-    return max(1, (CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES) // int(row))
+    row = batch * module.n_heads * module.head_dim * dtype.itemsize
+    return max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // int(row))
 
 
 def complete(indices: Tensor, ks: Tensor, ke: Tensor, keys: int, *, exhaustive: bool) -> Tensor:

@@ -81,6 +81,9 @@ def patch(
     block_topk: int = 64,
     topk: int | None = None,
     pooling: str = "mean",
+    precision: str = "model",
+    power_of_two: bool = False,
+    hadamard: bool = False,
 ) -> PatchHandle:
     """Replace the flat indexers in a Hugging Face model by HISA.
 
@@ -103,6 +106,12 @@ def patch(
         topk: Tokens selected per query; None means each indexer's own `index_topk`. At most the
             budget.
         pooling: How a block's keys become the one that is scored first, "mean" or "max".
+        precision: In which dtype queries and keys are scored: "model", theirs, or "fp8", one scale
+            per token and head. Then even a budget that covers all tokens may select others than the
+            model's own indexer. The cache keeps the model's dtype.
+        power_of_two: With "fp8", round each scale up to a power of two.
+        hadamard: With "fp8", rotate queries and keys by a Hadamard matrix first, as DeepSeek-V3.2's
+            own code does. Needs a `head_dim` that is a power of two.
 
     Returns:
         A handle with `remove()` and `status()`, which is also a context manager.
@@ -125,7 +134,9 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    shared = Shared(Settings(block_size, block_topk, topk, pooling))
+    shared = Shared(
+        Settings(block_size, block_topk, topk, pooling, precision, power_of_two, hadamard)
+    )
     found = [(name, m) for name, m in model.named_modules() if looks_like_indexer(name, m)]
     with _patching:
         forwards = []

@@ -8,6 +8,7 @@ from typing import Any
 import hisa
 
 POOLINGS = ("mean", "max")
+PRECISIONS = ("model", "fp8")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Settings:
         block_topk: Blocks kept per query, at least 2 (the first and the last always are).
         topk: Tokens selected per query; None means each indexer's own `index_topk`.
         pooling: How a block's keys become one, "mean" or "max".
+        precision: Of queries and keys when they are scored, "model" or "fp8".
+        power_of_two: With "fp8", round each scale up to a power of two.
+        hadamard: With "fp8", rotate queries and keys by a Hadamard matrix first.
 
     Raises:
         TypeError: if a number is not an int.
@@ -30,15 +34,26 @@ class Settings:
     block_topk: int = 64
     topk: int | None = None
     pooling: str = "mean"
+    precision: str = "model"
+    power_of_two: bool = False
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "block_topk", "topk"):
             value = getattr(self, name)
             if not (type(value) is int or (value is None and name == "topk")):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
-        if self.pooling not in POOLINGS:
-            expected = " or ".join(map(repr, POOLINGS))
-            raise ValueError(f"pooling: expected {expected}, got {self.pooling!r}")
+        for name, known in (("pooling", POOLINGS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        for name in ("power_of_two", "hadamard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            if getattr(self, name) and self.precision != "fp8":
+                raise ValueError(
+                    f'{name}: expected precision="fp8" with it, got {self.precision!r}'
+                )
         limits: dict[str, Any] = hisa.build_info()
         if self.block_size not in limits["block_sizes"]:
             raise ValueError(
@@ -61,6 +76,11 @@ class Settings:
         """Raise ValueError if hisa cannot stand in for `indexer`, of class `name`."""
         if self.topk is None:
             self._check_topk(indexer.index_topk, f"index_topk of {name}")
+        if self.hadamard and indexer.head_dim & (indexer.head_dim - 1):
+            raise ValueError(
+                f"hadamard: expected {name} to have a power of two as head_dim, "
+                f"got {indexer.head_dim}"
+            )
         on_cuda = any(parameter.is_cuda for parameter in indexer.parameters())
         try:
             hisa.plan(

@@ -32,6 +32,13 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "index_topk of DeepseekV32Indexer: expected at most",
     ),
     "pooling": ({"pooling": "median"}, ValueError, "pooling: expected 'mean' or 'max', got"),
+    "precision": ({"precision": "fp4"}, ValueError, "precision: expected 'model' or 'fp8', got"),
+    "hadamard": ({"hadamard": True}, ValueError, 'hadamard: expected precision="fp8" with it'),
+    "power_of_two": (
+        {"precision": "fp8", "power_of_two": 1},
+        TypeError,
+        "power_of_two: expected a bool, got 1",
+    ),
     "unknown": ({"blocks": 3}, TypeError, "unexpected keyword argument 'blocks'"),
 }
 
