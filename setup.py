@@ -134,7 +134,7 @@ def make_extension(use_cuda: bool) -> Extension:
         "hisa._C",
         sorted(sources),
         include_dirs=[os.path.abspath("csrc")],
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         define_macros=macros,
         extra_compile_args={"cxx": flags + sanitize, "nvcc": NVCC_FLAGS.split()},
         extra_link_args=["-fopenmp", *sanitize],
