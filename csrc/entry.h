@@ -140,12 +140,12 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
                     .block_size = block_size,
                     .block_topk = block_topk,
                     .pooled = pooled_k.has_value()};
-  const TwoTensors pooled =
-      pooled_k.has_value() ? TwoTensors{adjacent(*pooled_k, Device::kAlignment, Device::kFarthest),
-                                        adjacent(*pooled_scale)}
-      : shape.pools()
-          ? pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling))
-          : TwoTensors{keys.slice(0, 0, 0), head_weights.slice(0, 0, 0).flatten()};
+  TwoTensors pooled{keys.slice(0, 0, 0), head_weights.slice(0, 0, 0).flatten()};  // none
+  if (shape.pooled) {
+    pooled = {adjacent(*pooled_k, Device::kAlignment, Device::kFarthest), adjacent(*pooled_scale)};
+  } else if (shape.pools()) {
+    pooled = pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
+  }
 
   TwoTensors output = make_output(q, topk, return_scores);
   device.index({.queries = make_queries(queries, head_weights),

@@ -57,8 +57,9 @@ MUTANTS = [
     Mutant("one block too few", "cpu/coarse.cpp",
            "group.select(i, params.block_topk - 2);", "group.select(i, params.block_topk - 3);"),
     Mutant("pooled keys given are recomputed", "entry.h",
-           "pooled_k.has_value()\n          ? TwoTensors",
-           "pooled_k.has_value() && topk == 0\n ? TwoTensors"),
+           ".pooled = pooled_k.has_value()};", ".pooled = pooled_k.has_value() && topk == 0};"),
+    Mutant("keys are never pooled", "plan.h",
+           "slots() > block_topk;", "slots() > 2 * block_topk;"),
     # scores
     Mutant("no ReLU", "cpu/kernels_body.h", "Isa::relu(dots[h][v])", "dots[h][v]"),
     Mutant("NaN passes the ReLU", "cpu/kernels_avx2.cpp",
