@@ -47,7 +47,7 @@ SANITIZE = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer "
     "-fno-wrapv -O1 -g"
 )
-NVCC_FLAGS = "-O3 -std=c++20 --expt-relaxed-constexpr -lineinfo -Xcompiler=-fvisibility=hidden"
+NVCC_FLAGS = "-O3 -std=c++20 --expt-relaxed-constexpr -Xcompiler=-fvisibility=hidden"
 CUDA_ARCHITECTURES = ("8.0", "8.9", "9.0", "10.0", "12.0")
 
 
