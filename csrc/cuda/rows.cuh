@@ -1,8 +1,8 @@
-// Stages `coarse`, `refine` and `flat`: one kernel, one row per block of threads.
+// The kernel of stages `coarse`, `refine` and `flat`: one row per block of threads.
 //
-//   coarse   score the pooled keys of the row's complete inner blocks, select block_topk - 2
-//   refine   score the tokens of the kept blocks, select topk
-//   flat     score the tokens of the window, select topk
+//   coarse   (coarse.cuh) score the pooled keys of complete inner blocks, select block_topk - 2
+//   refine   (refine.cuh) score the tokens of the kept blocks, select topk
+//   flat     (refine.cuh) score the tokens of the window, select topk
 //
 // All three score and select from a Source of their own by the same code, so a token's score is the
 // same bits in each. A row's scores, candidates and blocks stay on chip unless topk is very large;
@@ -12,68 +12,15 @@
 
 #include <utility>
 
-#include "../windows.h"
+#include "coarse.cuh"
 #include "launch.h"
+#include "refine.cuh"
 #include "score_fma.cuh"
 #include "score_mma.cuh"
 #include "select.cuh"
 #include "variants.h"
 
 namespace hisa::cuda {
-
-// Keys from `first` on that lie side by side.
-__device__ inline Source adjacent(const SharedMemory& memory, const Keys& keys, int64_t first,
-                                  int64_t size) {
-  return {.data = static_cast<const char*>(keys.data),
-          .scale = keys.scale,
-          .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
-          .size = static_cast<uint32_t>(size),
-          .blocks = &memory.zero,
-          .first = static_cast<uint32_t>(first),
-          .last_key = static_cast<uint32_t>(first + size - 1),
-          .block_shift = 31,
-          .origin = static_cast<int32_t>(first),
-          .value_shift = 0,
-          .value_origin = 0};
-}
-
-// Stage `coarse`: the row's blocks [first + 1, last), numbered within the segment. The first and
-// the last are kept in any case. Only these two can be cut by the window or the segment's end, so
-// all others are complete.
-__device__ inline Stage coarse(const RowsParams& params, const SharedMemory& memory, const Row& row,
-                               int64_t first, int64_t last, int32_t* blocks) {
-  const int64_t size = int64_t{1} << params.block_shift;
-  const int64_t slot = (row.origin + size - 1) / size;  // of the segment's block 0
-  Source source = adjacent(memory, params.pooled, slot + first + 1, last - first - 1);
-  source.origin = static_cast<int32_t>(slot);
-  source.value_shift = params.block_shift;
-  source.value_origin = static_cast<int32_t>(row.origin);
-  return {.source = source,
-          .count = static_cast<uint32_t>(params.block_topk - 2),
-          .values = blocks + 1,
-          .scores = nullptr,
-          .last = false};
-}
-
-// Stages `refine` and `flat`: the window's tokens, those of the kept blocks or, if there are none,
-// all.
-__device__ inline Stage tokens(const RowsParams& params, const SharedMemory& memory, int64_t m,
-                               const Row& row, uint32_t kept, const int32_t* blocks) {
-  const Output& output = params.output;
-  Source source = adjacent(memory, params.keys, row.start, row.end - row.start);
-  if (kept > 0) {  // no block but the first and the last is cut, so positions have no gaps
-    const int64_t whole = int64_t{kept - 1} << params.block_shift;
-    source.blocks = blocks;
-    source.block_shift = params.block_shift;
-    source.first = static_cast<uint32_t>(row.start - blocks[0]);
-    source.size = static_cast<uint32_t>(whole + row.end - blocks[kept - 1]) - source.first;
-  }
-  return {.source = source,
-          .count = static_cast<uint32_t>(min(output.topk, int64_t{source.size})),
-          .values = output.indices + m * output.topk,
-          .scores = output.scores == nullptr ? nullptr : output.scores + m * output.topk,
-          .last = true};
-}
 
 // Take up row m: its heads' weights, the blocks that are kept in any case, the first stage, if any.
 __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory& memory,
@@ -108,9 +55,10 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
     memory.zero = 0;
     memory.buffered = 0;
     memory.bar = Bar{};
-    memory.stage = row.empty()          ? Stage{.last = true}
-                   : pruned && kept > 2 ? coarse(params, memory, row, first, last, blocks)
-                                        : tokens(params, memory, m, row, kept, blocks);
+    memory.stage = row.empty() ? Stage{.last = true}
+                   : pruned && kept > 2
+                       ? coarse_stage(params, &memory.zero, row, first, last, blocks)
+                       : token_stage(params, &memory.zero, m, row, kept, blocks);
   }
   __syncthreads();
 }
@@ -125,7 +73,7 @@ __device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMem
   if (!last && threadIdx.x == 0) {
     memory.buffered = 0;
     memory.bar = Bar{};
-    memory.stage = tokens(params, memory, m, memory.row, memory.kept, blocks);
+    memory.stage = token_stage(params, &memory.zero, m, memory.row, memory.kept, blocks);
   }
   __syncthreads();
   return !last;

@@ -36,4 +36,20 @@ struct Source {
   }
 };
 
+// Keys from `first` on that lie side by side; `zero` points to a 0 that outlives the source.
+__device__ inline Source adjacent(const int32_t* zero, const Keys& keys, int64_t first,
+                                  int64_t size) {
+  return {.data = static_cast<const char*>(keys.data),
+          .scale = keys.scale,
+          .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
+          .size = static_cast<uint32_t>(size),
+          .blocks = zero,
+          .first = static_cast<uint32_t>(first),
+          .last_key = static_cast<uint32_t>(first + size - 1),
+          .block_shift = 31,
+          .origin = static_cast<int32_t>(first),
+          .value_shift = 0,
+          .value_origin = 0};
+}
+
 }  // namespace hisa::cuda
