@@ -24,10 +24,8 @@ __device__ __forceinline__ float to_score(uint32_t key) {
   return __uint_as_float((key & 0x80000000U) != 0 ? key ^ 0x80000000U : ~key);
 }
 
-// Sum over the threads before this one, and over all threads into `total`. All threads call it,
-// with another `parity` than in the call before if no barrier lies between.
-__device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, int parity, uint32_t mine,
-                                               uint32_t& total) {
+// Sum over the threads before this one. All threads call it, after a barrier.
+__device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mine) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   uint32_t up_to = mine;
@@ -36,20 +34,21 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, int parity,
     const uint32_t other = __shfl_up_sync(~0U, up_to, step);
     if (lane >= step) up_to += other;
   }
-  if (lane == 31) memory.sums[parity][warp] = up_to;
+  if (lane == 31) memory.sums[0][warp] = up_to;
   __syncthreads();
   uint32_t before = up_to - mine;
-  total = 0;
+  uint32_t total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before += total;
-    total += memory.sums[parity][w];
+    total += memory.sums[0][w];
   }
   return before;
 }
 
 // Two counts of a warp, the second in the high half: those of the warps before this one, and of all
-// in `total`. All threads call it; `parity` as above.
+// in `total`. All threads call it, with another `parity` than in the call before if no barrier lies
+// between.
 __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, uint32_t mine,
                                               uint2& total) {
   const int warp = threadIdx.x / 32;
@@ -84,8 +83,7 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
 #pragma unroll
   for (int i = 0; i < kBins; ++i) sum += counts[i];
 
-  uint32_t total;
-  uint32_t before = sum_before(memory, 0, sum, total);
+  uint32_t before = sum_before(memory, sum);
   if (before < need && need <= before + sum) {
 #pragma unroll
     for (int i = kBins - 1; i >= 0; --i) {
