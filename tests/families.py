@@ -94,13 +94,14 @@ class Family:
         return result
 
 
+CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=2.0**-22)
 REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
 
 FAMILIES = (
     Family("cpu-baseline", isa="baseline"),
     Family("cpu-avx2", isa="avx2"),
     Family("cpu-avx512", isa="avx512"),
-    Family("cuda", device="cuda", cpu_order=False, dot_roundoff=2.0**-22),
+    CUDA,
 )
 
 
@@ -123,6 +124,3 @@ def usable_cuda() -> bool:
     import hisa
 
     return bool(hisa.build_info()["cuda"]) and torch.cuda.is_available()
-
-
-CUDA = FAMILIES[-1]

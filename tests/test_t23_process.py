@@ -49,6 +49,19 @@ def run_python(
     )
 
 
+def run_command(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that finds this tree's hisa from another folder."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def assert_succeeds(done: subprocess.CompletedProcess[str]) -> str:
     """Return what a process printed; fail with all of its output if it failed."""
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -95,15 +108,7 @@ def test_import_touches_no_network_and_starts_nothing(tmp_path: Path) -> None:
     reason="needs network namespaces (unshare -rn)",
 )
 def test_works_without_any_network_interface(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["unshare", "-rn", sys.executable, "-m", "hisa"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_command(tmp_path, ["unshare", "-rn", sys.executable, "-m", "hisa"])
     assert_succeeds(done)
 
 
@@ -232,15 +237,7 @@ def test_patch_without_transformers(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path) -> None:
     """`python -m hisa` from an unrelated folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hisa"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_command(tmp_path, [sys.executable, "-m", "hisa"])
     printed = assert_succeeds(done)
     assert printed.startswith(f"hisa {hisa.__version__}\n")
     for word in ("torch", "python", "transformers", "compiler", "baseline", "self-check"):
