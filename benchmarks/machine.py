@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -52,8 +51,8 @@ def commit() -> str:
     try:
         name = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
-        return os.environ.get("HISA_COMMIT", "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
     return f"{name}+" if changed else name
 
 

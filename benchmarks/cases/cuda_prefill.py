@@ -25,14 +25,15 @@ CHUNK_BYTES = 1 << 30  # of dot products that the chunked peer makes at a time
 
 
 LIMIT = """
-What limits hisa.index at 64K x 64K, H=64: its 8.5 TFLOP take 13.7 ms at the 620 TFLOP/s that
-mma.sync reaches on this chip; the rest is what two warps per scheduler, all that 255 registers a
-thread allow, do not hide. ncu's samples: 79% in the loop that scores, 14% in selection, 7% in the
-starts and ends of rows. In the loop a warp takes 1175 cycles for a tile of 16 keys, 515 of them in
-its 64 products, during which it issues nothing else, and 660 in 200 other instructions; so a
-scheduler's two warps take 590 where the tensor cores need 400. Tried, in milliseconds: keys as the
-A operand, loaded to registers, 29.5; the same with products and sums interleaved 32.9; heads as the
-A operand, keys copied to shared memory, 32.1; the loop as one basic block 29.0; selection without
+What limits hisa.index at 64K x 64K, H=64: its 8.5 TFLOP take 13.7 ms at the 620 TFLOP/s that a
+loop of mma.sync alone reached on this chip; the rest is what two warps per scheduler, all that 255
+registers a thread allow, do not hide. Samples of ncu, of the version that took 25.3 ms: 79% in the
+loop that scores, 14% in selection, 7% in the starts and ends of rows. In the loop a warp took 1175
+cycles for a tile of 16 keys, 515 of them in its 64 products, during which it issues nothing else,
+and 660 in 200 other instructions; so a scheduler's two warps take 590 where the tensor cores need
+400. Designs that came before, each in a run of its own on an H200, in milliseconds: keys as the A
+operand, loaded to registers, 29.5; the same with products and sums interleaved 32.9; heads as the A
+operand, keys copied to shared memory, 32.1; the loop as one basic block 29.0; selection without
 calls 25.3; addresses in fewer instructions 24.4. hisa.flat_index has the same loop. The 6 us by
 which hisa.index is slower at 2K should be the host's: nothing is scored there, and it has more
 arguments to check."""
