@@ -63,10 +63,12 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
     }
     return row_bytes(geometry.chunk, geometry.capacity, geometry.kept);
   };
-  const int64_t fixed =
-      kSharedBytes + (shape.type == ElementType::kFloat32
-                          ? shape.dim * kFmaHeads * 4
-                          : make_tile(kVariants[geometry.variant], shape.type).ring);
+  // The histogram of a selection lies where the scorer has its tiles or queries.
+  geometry.scorer_bytes = std::max(int64_t{kHistogram} * 4,
+                                   shape.type == ElementType::kFloat32
+                                       ? shape.dim * kFmaHeads * 4
+                                       : make_tile(kVariants[geometry.variant], shape.type).bytes);
+  const int64_t fixed = kSharedBytes + geometry.scorer_bytes;
   const int64_t half = limits.shared_total / kBlocksPerMultiprocessor - kReserved - fixed;
   const int64_t all = limits.shared_block - fixed;
   const int64_t limit = region(kChunks.back(), 0) <= half ? half : all;
@@ -98,6 +100,7 @@ std::string kernel_name(const Shape& shape) {
 
 cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream) {
   params.kept = geometry.kept;
+  params.scorer_bytes = geometry.scorer_bytes;
   params.chunk = geometry.chunk;
   params.capacity = geometry.capacity;
   if (params.queries.rows == 0) return cudaSuccess;

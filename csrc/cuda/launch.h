@@ -22,6 +22,7 @@ struct Geometry {
   size_t variant;     // in kVariants; not used for fp32
   int64_t grid;       // blocks
   int64_t kept, chunk, capacity;  // see RowsParams
+  int64_t scorer_bytes;  // see RowsParams
   bool on_chip;       // a row's region is in shared memory, not in the workspace
   int64_t shared;     // bytes of shared memory of a block
   int64_t workspace;  // bytes of all blocks together

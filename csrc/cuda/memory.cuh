@@ -32,31 +32,18 @@ struct Stage {
   bool last;
 };
 
-struct SharedMemory {
-  uint32_t histogram[kHistogram];  // zero between two uses
-  float weights[128];              // of the row's heads, see weight_slot(); zero behind the last
-  uint32_t sums[2][kWarps];
-  struct {
-    uint32_t bin, before, count;  // `before` candidates are in higher bins
-  } found;
-  // What all threads know about the row at hand. It lies here to spare registers.
-  Row row;
-  uint32_t kept;  // blocks
-  Stage stage;
-  int32_t zero;       // the single block of adjacent keys
-  uint32_t buffered;  // candidates in the buffer
-  Bar bar;            // that later candidates have to pass
-};
-
 // Scores of one row. A source that fits is scored into all of it; a longer one in chunks, and
 // what is still in the running is kept in the buffer, in ascending order. A scorer may write
-// kBefore scores before those wanted, and kBehind behind them: there is room, and nothing of worth.
+// kBehind scores behind those wanted: there is room, and nothing of worth.
 struct Region {
-  float* scores;      // [size] = the chunk [chunk], [kBehind], the buffer [2, capacity]
+  float* scores;  // [size] = the chunk [chunk], [kBehind], the buffer [2, capacity]
   int64_t size;
   uint32_t chunk;
   uint32_t capacity;  // of the buffer
 
+  __device__ int32_t* blocks() const {  // [kept] first tokens, behind the scores of a last tile
+    return reinterpret_cast<int32_t*>(scores + size + kBehind);
+  }
   __device__ bool holds(const Source& source) const { return source.size <= size; }
   __device__ float* buffer_scores() const { return scores + chunk + kBehind; }
   __device__ int32_t* buffer_values() const {  // what will be returned: a block or a token
@@ -64,11 +51,33 @@ struct Region {
   }
 };
 
-// Heads h and h + 8 of every 16 lie side by side: the tensor cores' layout.
+struct alignas(16) SharedMemory {
+  alignas(16) float weights[128];  // of the row's heads, see weight_slot(); zero behind the last
+  uint32_t sums[2][kWarps];
+  struct {
+    uint32_t bin, before, count;  // `before` candidates are in higher bins
+  } found;
+  // What all threads know about the row at hand. It lies here to spare registers.
+  Region region;
+  int64_t m;
+  Row row;
+  uint32_t kept;  // blocks
+  Stage stage;
+  int32_t zero;  // the single block of adjacent keys
+  uint32_t buffered;  // candidates in the buffer
+  Bar bar;  // that later candidates have to pass
+};
+
+// Of every 16 heads, 2c, 2c + 1, 2c + 8 and 2c + 9 lie side by side: the tensor cores' layout.
 __device__ constexpr int weight_slot(int head) {
-  return head / 16 * 16 + head % 8 * 2 + head / 8 % 2;
+  return head / 16 * 16 + head % 8 / 2 * 4 + head / 8 % 2 * 2 + head % 2;
 }
 
 inline constexpr int64_t kSharedBytes = (sizeof(SharedMemory) + 15) / 16 * 16;
+
+// The selection's histogram lies where the scorer has its tiles: both are never needed at once.
+__device__ __forceinline__ uint32_t* histogram(SharedMemory& memory) {
+  return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&memory) + kSharedBytes);
+}
 
 }  // namespace hisa::cuda

@@ -10,8 +10,7 @@ namespace hisa::cuda {
 inline constexpr int kThreads = 128;    // of a block; a block handles one row at a time
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kBlocksPerMultiprocessor = 2;  // of 255 registers a thread
-inline constexpr int kBefore = 272;  // scores that a scorer may write before those wanted ...
-inline constexpr int kBehind = 72;   // ... and behind them
+inline constexpr int kBehind = 32;  // scores that a scorer may write behind those wanted
 inline constexpr int kFmaHeads = 32;  // heads that the fp32 kernel handles together
 
 struct RowsParams {
@@ -22,6 +21,7 @@ struct RowsParams {
   Output output;
   int64_t block_topk = 0;  // 0: flat
   int block_shift = 0;  // log2 of the block size
+  int64_t scorer_bytes = 0;  // of shared memory, for the scorer
   int64_t kept = 0;  // blocks that a row keeps at most
   int64_t chunk = 0;  // keys scored between two selections
   int64_t capacity = 0;  // candidates of the buffer
@@ -33,7 +33,7 @@ HISA_HOST_DEVICE constexpr int64_t region_size(int64_t chunk, int64_t capacity) 
   return chunk + kBehind + 2 * capacity;
 }
 HISA_HOST_DEVICE constexpr int64_t row_bytes(int64_t chunk, int64_t capacity, int64_t kept) {
-  return (kBefore + region_size(chunk, capacity) + kBehind + (kept + 3) / 4 * 4) * 4;
+  return (region_size(chunk, capacity) + kBehind + (kept + 3) / 4 * 4) * 4;
 }
 
 }  // namespace hisa::cuda

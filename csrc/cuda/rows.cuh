@@ -50,6 +50,7 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
   }
   __syncthreads();
   if (threadIdx.x == 0) {
+    memory.m = m;
     memory.row = row;
     memory.kept = kept;
     memory.zero = 0;
@@ -100,36 +101,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SharedMemory*>(shared);
   char* extra = reinterpret_cast<char*>(shared) + kSharedBytes;
-  char* row = extra + Scorer::shared_bytes(params.keys.dim);
+  char* row = extra + params.scorer_bytes;
   if (params.workspace != nullptr)
     row = params.workspace + blockIdx.x * row_bytes(params.chunk, params.capacity, params.kept);
-  const Region region{.scores = reinterpret_cast<float*>(row) + kBefore,
-                      .size = region_size(params.chunk, params.capacity),
-                      .chunk = static_cast<uint32_t>(params.chunk),
-                      .capacity = static_cast<uint32_t>(params.capacity)};
-  // [kept] first tokens, behind the scores of a last tile
-  auto* blocks = reinterpret_cast<int32_t*>(region.scores + region.size + kBehind);
+  if (threadIdx.x == 0)
+    memory.region = {.scores = reinterpret_cast<float*>(row),
+                     .size = region_size(params.chunk, params.capacity),
+                     .chunk = static_cast<uint32_t>(params.chunk),
+                     .capacity = static_cast<uint32_t>(params.capacity)};
+  __syncthreads();
+  const Region& region = memory.region;
   Scorer scorer(memory, extra, params.queries, params.keys.dim);
-  for (int i = threadIdx.x; i < kHistogram; i += kThreads) memory.histogram[i] = 0;
 
   // Rows from the last to the first: in a causal prefill the last ones take longest.
-  for (int64_t i = blockIdx.x; i < params.queries.rows; i += gridDim.x) {
-    const int64_t m = params.queries.rows - 1 - i;
-    begin_row(params, memory, blocks, m);
+  for (int64_t m = params.queries.rows - 1 - blockIdx.x; m >= 0; m = memory.m - gridDim.x) {
+    begin_row(params, memory, region.blocks(), m);
     const bool scored =
         memory.stage.scores != nullptr || memory.stage.count < memory.stage.source.size;
-    for (bool more = scored; more; more = finish_stage(params, memory, region, blocks, m)) {
+    for (bool more = scored; more;
+         more = finish_stage(params, memory, region, region.blocks(), memory.m)) {
       const Source source = memory.stage.source;
       const uint32_t chunk = region.holds(source) ? source.size : region.chunk;
       for (uint32_t begin = 0; begin < source.size; begin += chunk) {
         const uint32_t n = min(source.size - begin, chunk);
-        for (int group = 0; group < scorer.groups(); ++group)
-          scorer.score(m, group, source, begin, n, region.scores);
+        scorer.score(memory.m, source, begin, n, region.scores);
         __syncthreads();
         if (!region.holds(source)) add_to_buffer(memory, region, source, begin, n);
       }
     }
-    finish_row(params, memory, scored, m);
+    finish_row(params, memory, scored, memory.m);
     __syncthreads();
   }
 }

@@ -16,24 +16,26 @@ class FmaScorer {
   static constexpr int kTile = 32 * kKeys;  // keys of a warp at a time
 
  public:
-  static constexpr int64_t shared_bytes(int64_t dim) { return dim * kFmaHeads * 4; }
-
-  __device__ FmaScorer(SharedMemory& memory, void* extra, const Queries& queries, int64_t dim)
+  __device__ FmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory),
         queries_(queries),
         dim_(static_cast<int>(dim)),
-        query_(static_cast<float4*>(extra)) {}
+        query_(reinterpret_cast<float4*>(extra)) {}
 
+  // Score keys [begin, begin + n) of the source for row m into scores [n]. All threads call it.
+  __device__ void score(int64_t m, const Source& source, uint32_t begin, uint32_t n,
+                        float* scores) {
+    m_ = m;
+    for (group_ = 0; group_ < groups(); ++group_) score_group(source, begin, n, scores);
+  }
+
+ private:
   __device__ int groups() const {
     return (static_cast<int>(queries_.heads) + kFmaHeads - 1) / kFmaHeads;
   }
 
-  // Score keys [begin, begin + n) of the source for heads [group * kFmaHeads, ..) of row m, into
-  // scores [n]. All threads call it.
-  __device__ void score(int64_t m, int group, const Source& source, uint32_t begin, uint32_t n,
-                        float* scores) {
-    group_ = group;
-    load_queries(m);
+  __device__ void score_group(const Source& source, uint32_t begin, uint32_t n, float* scores) {
+    load_queries();
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -55,10 +57,9 @@ class FmaScorer {
     }
   }
 
- private:
-  __device__ void load_queries(int64_t m) {
+  __device__ void load_queries() {
     __syncthreads();  // the ones before may still be in use
-    const float* row = static_cast<const float*>(queries_.data) + m * queries_.row_stride +
+    const float* row = static_cast<const float*>(queries_.data) + m_ * queries_.row_stride +
                        group_ * kFmaHeads * queries_.head_stride;
     auto* query = reinterpret_cast<float*>(query_);
     for (int i = threadIdx.x; i < dim_ * kFmaHeads; i += kThreads) {
@@ -110,6 +111,7 @@ class FmaScorer {
   const Queries& queries_;
   int dim_;
   float4* query_;  // [dim, kFmaHeads / 4] of four heads each
+  int64_t m_ = 0;
   int group_ = 0;
 };
 

@@ -73,7 +73,7 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
   static_assert(kBins == 16, "four vectors");
   const uint32_t first = (kThreads - 1 - threadIdx.x) * kBins;
   uint32_t counts[kBins];
-  auto* bins = reinterpret_cast<uint4*>(memory.histogram + first);
+  auto* bins = reinterpret_cast<uint4*>(histogram(memory) + first);
   uint32_t sum = 0;
 #pragma unroll
   for (int i = 0; i < kBins / 4; ++i) {
@@ -124,6 +124,9 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
 // after a barrier.
 __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
                                         uint32_t count) {
+  for (int i = threadIdx.x; i < kHistogram / 4; i += kThreads)
+    reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
+  __syncthreads();
   uint32_t prefix = 0;  // the bits of the bar's key that are known
   uint32_t need = count;
 #pragma unroll 1
@@ -131,9 +134,9 @@ __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* score
     const int low = digit == 0 ? 21 : digit == 1 ? 10 : 0;  // 11 bits, 11 bits, then 10
     const int width = digit == 2 ? 10 : 11;
     if (digit == 0)
-      tally<true>(memory.histogram, scores, n, 21, 11, 0);
+      tally<true>(histogram(memory), scores, n, 21, 11, 0);
     else
-      tally<false>(memory.histogram, scores, n, low, width, prefix);
+      tally<false>(histogram(memory), scores, n, low, width, prefix);
     __syncthreads();
     find_bin(memory, need);
     const auto found = memory.found;

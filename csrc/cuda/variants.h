@@ -35,22 +35,15 @@ constexpr size_t find_variant(int64_t heads, int64_t dim) {
   return i;
 }
 
-// A warp multiplies tiles of keys, two units each, of up to four tensor-core tiles of 16 heads by 8
-// keys; and holds several of them: the one at hand and others on their way.
+// A warp multiplies a tile of keys while the next one is copied to shared memory.
 struct Tile {
   int keys;
-  int stages;
-  int64_t ring;  // bytes of shared memory of a block for all of them, keys and scales
+  int64_t bytes;  // of shared memory of a block for the tiles to come, keys and scales
 };
 
 constexpr Tile make_tile(const Variant& variant, ElementType type) {
-  constexpr int64_t kMost = 8192;  // bytes of a tile
-  const int64_t key = variant.dim * element_size(type);
-  int keys = 2 * 8 * 4 * 16 / variant.heads;
-  while (keys * key > kMost) keys /= 2;
-  const int stages = keys * key <= kMost / 2 ? 3 : 2;
-  const int owned = keys <= 32 ? 1 : keys / 32;  // scores of a tile that a lane stores
-  return {keys, stages, stages * kWarps * (keys * key + 32 * owned * int64_t{sizeof(float)})};
+  const int keys = variant.dim > 128 ? 16 : 32;
+  return {keys, kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 16)};
 }
 
 }  // namespace hisa::cuda

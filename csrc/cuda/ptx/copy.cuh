@@ -8,18 +8,16 @@
 namespace hisa::cuda::ptx {
 
 // 16 bytes, or zeros if not `real`; both addresses are multiples of 16.
-__device__ __forceinline__ void copy_16(void* shared, const void* global, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(real ? 16 : 0)
+__device__ __forceinline__ void copy_16(uint32_t shared, const void* global, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(real ? 16 : 0)
                : "memory");
 }
 
 // 4 bytes, or zeros if not `real`; both addresses are multiples of 4.
-__device__ __forceinline__ void copy_4(void* shared, const void* global, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(real ? 4 : 0)
+__device__ __forceinline__ void copy_4(uint32_t shared, const void* global, bool real) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+               "r"(real ? 4 : 0)
                : "memory");
 }
 

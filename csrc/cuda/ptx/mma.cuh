@@ -1,9 +1,9 @@
 // Tensor-core products of one warp, one instruction each. PTX ISA, "Matrix multiply-accumulate
 // operation using mma instruction".
 //
-// Rows of A are heads, columns of B are keys: `d[16, 8] += a[16, kDepth] * b[kDepth, 8]`, in fp32.
-// With g = lane / 4 and c = lane % 4, a lane holds heads g (a[0], a[2]) and g + 8 (a[1], a[3]), key
-// g of b, and of d heads g (d[0], d[1]) and g + 8 (d[2], d[3]) at keys 2c and 2c + 1. Which
+// Rows of A are keys, columns of B are heads: `d[16, 8] += a[16, kDepth] * b[kDepth, 8]`, in fp32.
+// With g = lane / 4 and c = lane % 4, a lane holds keys g (a[0], a[2]) and g + 8 (a[1], a[3]), head
+// g of b, and of d keys g (d[0], d[1]) and g + 8 (d[2], d[3]) at heads 2c and 2c + 1. Which
 // channels a register stands for is up to the caller, as long as a[0], a[1] and b0 agree, and a[2],
 // a[3] and b1.
 #pragma once
