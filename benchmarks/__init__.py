@@ -6,4 +6,6 @@ machine.py   what a number depends on: processor, versions, commit
 report.py    tables, CSV files, plots
 inputs.py    inputs that several cases share, and the flat indexer in plain torch
 cases/       one small file per question
+
+tilelang_peer.py is the authors' own HISA as a peer; --tilelang PATH says where it is.
 """

@@ -14,7 +14,7 @@ import torch
 
 import hisa
 
-from . import cases, report, summary
+from . import cases, report, summary, tilelang_peer
 from .harness import Bench
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +49,13 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         "ignores; none for a quick run)",
     )
     parser.add_argument(
+        "--tilelang",
+        type=Path,
+        metavar="PATH",
+        help="examples/dsa_hisa of TileLang's repository: cuda_prefill measures it too, where "
+        "tilelang is installed",
+    )
+    parser.add_argument(
         "--readme",
         action="store_true",
         help="run nothing: put the table made from the committed files, or those in --out, into "
@@ -58,16 +65,28 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
     unknown = [name for name in options.case if name not in known]
     if unknown:
         parser.error(f"case: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    if options.tilelang and not (options.tilelang / tilelang_peer.FILE).is_file():
+        parser.error(
+            f"--tilelang: expected a folder with {tilelang_peer.FILE}, got {options.tilelang}"
+        )
     return options
 
 
-def run_case(name: str, module: ModuleType, *, quick: bool, plot: bool, out: Path | None) -> None:
+def run_case(
+    name: str,
+    module: ModuleType,
+    *,
+    quick: bool,
+    plot: bool,
+    out: Path | None,
+    tilelang: Path | None,
+) -> None:
     """Run one case and write its files."""
     device = getattr(module, "DEVICE", "cpu")
     if device == "cuda" and not (hisa.build_info()["cuda"] and torch.cuda.is_available()):
         print(f"# {name}\n\nskipped: needs a GPU and a build with CUDA")
         return
-    bench = Bench(name, quick=quick, device=device)
+    bench = Bench(name, quick=quick, device=device, tilelang=tilelang)
     title = (module.__doc__ or name).splitlines()[0]
     where = ", ".join(f"{key} {value}" for key, value in bench.environment.items() if value != "")
     bench.say(f"# {name}\n\n{title}\n\n{where}")
@@ -95,7 +114,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     for name in options.case or known:
-        run_case(name, known[name], quick=options.quick, plot=options.plot, out=out)
+        run_case(
+            name,
+            known[name],
+            quick=options.quick,
+            plot=options.plot,
+            out=out,
+            tilelang=options.tilelang,
+        )
         print()
     print(f"{time.monotonic() - started:.0f} s in all", end="")
     print(f"; written to {out}" if out else "; nothing written (a quick run)")

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import meters, report
 from .machine import environment
@@ -75,12 +76,16 @@ class Bench:
     Attributes:
         quick: shapes should be small: the run only shows that everything works.
         device: which device the case runs on.
+        tilelang: where TileLang's examples/dsa_hisa is, if that was given.
     """
 
-    def __init__(self, case: str, *, quick: bool, device: str = "cpu") -> None:
+    def __init__(
+        self, case: str, *, quick: bool, device: str = "cpu", tilelang: Path | None = None
+    ) -> None:
         self.case = case
         self.quick = quick
         self.device = device
+        self.tilelang = tilelang
         self.environment = environment(device)
         self.records: list[report.Record] = []
         self.text: list[str] = []

@@ -83,11 +83,14 @@ def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for plain in (r for r in records if r["peer"] == "torch in chunks"):
         same = {key: plain[key] for key in ("rows", "keys", "heads")}
-        compared = f"torch in chunks: {time(plain)}, {memory(plain)}"
-        for op in ("index", "flat_index"):
+        pairs = [("index", plain), ("flat_index", plain)]
+        pairs += [("index", r) for r in records if r["peer"] == "TileLang" and r["median_s"]
+                  and same.items() <= r.items()]  # fmt: skip
+        for op, other in pairs:
             ours = find(records, peer=f"hisa.{op}", **same)
             what = f"`{op}`, {ours['rows']} x {ours['keys']}, {ours['heads']} heads"
-            gain = f"{ratio(plain, ours):.1f}x time"
+            compared = f"{other['peer']}: {time(other)}, {memory(other)}"
+            gain = f"{ratio(other, ours):.1f}x time"
             rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_prefill"))
     keys = {int(r["keys"]) for r in records if r["rows"] == "4096"}
     for length in sorted(keys)[-3::2]:

@@ -1,26 +1,33 @@
-"""Causal prefill on a GPU: hisa.index and hisa.flat_index against a flat indexer in torch.
+"""Causal prefill on a GPU: hisa.index and hisa.flat_index against torch and TileLang.
 
 fp8 queries and keys, D = 128, and DeepSeek-V3.2's setting: blocks of 128, 64 of them kept, 2048
 tokens selected. Queries are the last of the keys. Inputs are independent random numbers, the worst
 case for caches: neighbouring rows share few blocks. The chunked peer gets bf16, which it needs
-for its matrix product, dequantised outside of the measured time.
+for its matrix product, dequantised outside of the measured time. TileLang is the authors' own HISA
+(benchmarks/tilelang_peer.py), which pools the keys in the measured time, as hisa.index does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import hisa
+from benchmarks import tilelang_peer
 from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import overlap
+from benchmarks.machine import installed_version
 
 DEVICE = "cuda"
 INDEX, FLAT, TORCH = "hisa.index", "hisa.flat_index", "torch in chunks"
+TILELANG = "TileLang"
 TOPK, DIM = 2048, 128
+TILELANG_SHARE = 0.95  # of our tokens, at least; an emulation on the CPU has 0.97 in its worst row
 CHUNK_BYTES = 1 << 30  # of dot products that the chunked peer makes at a time
 
 
@@ -52,13 +59,17 @@ def make_inputs(rows: int, keys: int, heads: int) -> dict[str, Any]:
     return {"q": q, "k": k, "weights": normal(rows, heads) * q_scale, "k_scale": k_scale, "ke": ke}
 
 
-def build(peer: str, *, rows: int, keys: int, heads: int) -> Callable[[], Tensor]:
+def build(
+    peer: str, *, rows: int, keys: int, heads: int, tilelang: Path | None = None
+) -> Callable[[], Tensor]:
     """Return one peer's call."""
     inputs = make_inputs(rows, keys, heads)
     if peer == INDEX:
         return lambda: cast(Tensor, hisa.index(**inputs, topk=TOPK))
     if peer == FLAT:
         return lambda: cast(Tensor, hisa.flat_index(**inputs, topk=TOPK))
+    if peer == TILELANG:
+        return tilelang_peer.build(tilelang, **inputs, topk=TOPK)
     q = inputs["q"].bfloat16()
     k = (inputs["k"].float() * inputs["k_scale"][:, None]).bfloat16()
     return lambda: flat_in_chunks(q, k, inputs["weights"], inputs["ke"])
@@ -95,15 +106,26 @@ def check(results: Mapping[str, object]) -> None:
         raise RuntimeError(f"{TORCH} has only {share:.2%} of the tokens of {FLAT}")
 
 
+def check_tilelang(bench: Bench, heads: int, results: Mapping[str, object]) -> None:
+    """Note what share of the tokens of hisa.index TileLang selects; raise if it is too small."""
+    ours, theirs = (cast(Tensor, results[peer]) for peer in (INDEX, TILELANG))
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"{TILELANG} returns {[*theirs.shape]}, {INDEX} {[*ours.shape]}")
+    share = overlap(ours[::251].cpu(), theirs[::251].cpu())
+    if share < TILELANG_SHARE:
+        raise RuntimeError(f"{TILELANG} has only {share:.2%} of the tokens of {INDEX}")
+    name = f"{TILELANG} {installed_version('tilelang')}"
+    bench.say(f"\n{name} selects {share:.1%} of the tokens of {INDEX} (H={heads}, every 251st row)")
+
+
 def run(bench: Bench) -> None:
     """Measure prefills, the last rows of long contexts, and the crossover."""
     bench.agree(build, (INDEX, FLAT, TORCH), {"rows": 4096, "keys": 4096, "heads": 64}, check)
     if bench.quick:
-        bench.measure(build, (INDEX, FLAT, TORCH), {"rows": 1024, "keys": 16384, "heads": 8})
+        prefill(bench, 1024, 16384, 64)
         return
-    for rows, keys, heads in [(16384, 16384, 64), (65536, 65536, 64), (65536, 65536, 32)]:
-        found = measure(bench, (INDEX, FLAT, TORCH), rows, keys, heads)
-        goals(bench, found, keys, heads)
+    for length, heads in [(16384, 64), (16384, 32), (65536, 64), (65536, 32)]:
+        goals(bench, prefill(bench, length, length, heads), length, heads)
     found = measure(bench, (INDEX, FLAT), 8192, 1 << 20, 64)
     beyond = cast(int, found[INDEX].peak_bytes) - 8192 * TOPK * 4
     bench.goal("MiB beyond the output, 8192 x 1M, H=64", beyond / 2**20, at_most=512)
@@ -116,6 +138,20 @@ def run(bench: Bench) -> None:
     bench.say(LIMIT)
 
 
+def prefill(bench: Bench, rows: int, keys: int, heads: int) -> dict[str, Measurement]:
+    """Measure every peer that can run, TileLang after a look at what it selects at 16K."""
+    peers: tuple[str, ...] = (INDEX, FLAT, TORCH)
+    shape = {"rows": rows, "keys": keys, "heads": heads}
+    if reason := tilelang_peer.obstacle(bench.tilelang):
+        bench.skip(TILELANG, shape, reason)
+    else:
+        peers = (*peers, TILELANG)
+    if TILELANG in peers and keys == 16384:
+        build_all = partial(build, tilelang=bench.tilelang)
+        bench.agree(build_all, (INDEX, TILELANG), shape, partial(check_tilelang, bench, heads))
+    return measure(bench, peers, rows, keys, heads)
+
+
 def measure(
     bench: Bench, peers: tuple[str, ...], rows: int, keys: int, heads: int, memory: bool = True
 ) -> dict[str, Measurement]:
@@ -126,8 +162,9 @@ def measure(
     for peer, op in ((INDEX, "index"), (FLAT, "flat_index"), (TORCH, "flat_index")):
         stages = hisa.plan(**shape, op=op, **options).operations  # type: ignore[arg-type]
         operations[peer] = sum(n for stage, n in stages.items() if stage != "pool")
+    operations[TILELANG] = operations[INDEX]
     return bench.measure(
-        build,
+        partial(build, tilelang=bench.tilelang),
         peers,
         {"rows": rows, "keys": keys, "heads": heads},
         operations=operations,
@@ -146,7 +183,7 @@ def goals(bench: Bench, found: Mapping[str, Measurement], keys: int, heads: int)
         (65536, 32): {INDEX: 16.0},
         (16384, 64): {FLAT: 6.0},
     }
-    for peer, limit in asked[keys, heads].items():
+    for peer, limit in asked.get((keys, heads), {}).items():
         bench.goal(f"ms of {peer}, {at}", found[peer].median * 1e3, at_most=limit, digits=2)
     if (keys, heads) == (65536, 64):
         beyond = cast(int, found[FLAT].peak_bytes) - keys * TOPK * 4
