@@ -43,6 +43,8 @@ class Windows:
 
     def pruned_rows(self, block_size: int, block_topk: int) -> int:
         """Count the rows whose window meets more blocks than are kept."""
+        if self.longest <= (block_topk - 1) * block_size + 1:  # too short, wherever it begins
+            return 0
         key = (block_size, block_topk)
         if key not in self._pruned:
             starts = self.cu_seqlens_k[:-1]
