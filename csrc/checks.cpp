@@ -169,6 +169,14 @@ void check(const FlatArguments& a) {
   check_topk(a.topk);
 }
 
+void check(const MaskArguments& a) {
+  mask_type(a.mask);
+  TORCH_CHECK_VALUE(a.mask.dim() == 3, join("mask: expected [B, S, T], got ", describe(a.mask)));
+  TORCH_CHECK_VALUE(
+      a.mask.size(2) <= support::kMaxKeys,
+      join("mask: expected at most ", support::kMaxKeys, " keys (T), got ", a.mask.size(2)));
+}
+
 ElementType element_type(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return ElementType::kFloat32;
@@ -178,6 +186,19 @@ ElementType element_type(ScalarType dtype) {
     default:
       TORCH_CHECK_TYPE(
           false, join("dtype: expected ", support::kElementTypes, ", got ", dtype_name(dtype)));
+  }
+}
+
+MaskType mask_type(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool: return MaskType::kBool;
+    case ScalarType::Half: return MaskType::kFloat16;
+    case ScalarType::BFloat16: return MaskType::kBFloat16;
+    case ScalarType::Float: return MaskType::kFloat32;
+    case ScalarType::Double: return MaskType::kFloat64;
+    default:
+      TORCH_CHECK_TYPE(
+          false, join("mask: expected [B, S, T] ", support::kMaskTypes, ", got ", describe(mask)));
   }
 }
 

@@ -45,9 +45,14 @@ struct FlatArguments {
   int64_t topk;
 };
 
+struct MaskArguments {
+  const at::Tensor& mask;
+};
+
 void check(const PoolArguments& arguments);
 void check(const IndexArguments& arguments);
 void check(const FlatArguments& arguments);
+void check(const MaskArguments& arguments);
 
 // Sizes alone, for the planner.
 void check_sizes(int64_t heads, int64_t dim, int64_t keys);
@@ -55,6 +60,7 @@ void check_topk(int64_t topk);
 void check_block_sizes(int64_t block_size, int64_t block_topk, int64_t topk);
 
 ElementType element_type(at::ScalarType dtype);  // of a checked tensor
+MaskType mask_type(const at::Tensor& mask);      // TypeError if it cannot be one
 Pooling parse_pooling(std::string_view name);    // ValueError if unknown
 
 }  // namespace hisa

@@ -1,8 +1,9 @@
 // The operators, once for every device: check, guard, sizes, allocate, fill params, run.
 //
-// `Device` is where they run. It is made from k, which sets the current device, and provides
+// `Device` is where they run. It is made from k or the mask, which sets the current device, and
+// provides
 //   kAlignment, kFarthest            of rows and their distances, in bytes
-//   pool(params), index(params, shape), flat(params, shape)
+//   pool(params), index(params, shape), flat(params, shape), mask(params)
 #pragma once
 
 #include <ATen/ATen.h>
@@ -20,6 +21,7 @@ namespace hisa {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // Rows may lie apart or on top of each other; their elements must be adjacent, every row must begin
 // at a multiple of `alignment` bytes and of an element's size, and no further apart than
@@ -188,6 +190,34 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
                .block_size = 0,
                .block_topk = 0,
                .pooled = false});
+  return output;
+}
+
+template <class Device>
+ThreeTensors mask_windows(const Tensor& mask) {
+  check(MaskArguments{mask});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Device device(mask);
+
+  // NOTE: memory that others made may not even be aligned to its elements. Only that is copied.
+  const bool aligned = reinterpret_cast<intptr_t>(mask.const_data_ptr()) % mask.element_size() == 0;
+  const Tensor values = aligned ? mask : mask.clone();
+  const at::TensorOptions options = mask.options().dtype(at::kInt);
+  ThreeTensors output{at::empty({mask.size(0), mask.size(1)}, options),
+                      at::empty({mask.size(0), mask.size(1)}, options),
+                      at::empty({sizeof(MaskSummary) / sizeof(int32_t)}, options)};
+  auto& [start, end, summary] = output;
+  device.mask({.data = values.const_data_ptr(),
+               .entries = mask.size(0),
+               .rows = mask.size(1),
+               .keys = mask.size(2),
+               .entry_stride = values.stride(0),
+               .row_stride = values.stride(1),
+               .key_stride = values.stride(2),
+               .type = mask_type(mask),
+               .start = start.template mutable_data_ptr<int32_t>(),
+               .end = end.template mutable_data_ptr<int32_t>(),
+               .summary = static_cast<MaskSummary*>(summary.mutable_data_ptr())});
   return output;
 }
 

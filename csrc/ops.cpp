@@ -15,6 +15,7 @@ TORCH_LIBRARY(hisa, m) {
       "flat_index(Tensor q, Tensor k, Tensor weights, *, Tensor? k_scale=None,"
       " Tensor? ks=None, Tensor? ke=None, SymInt topk=2048,"
       " bool return_scores=False) -> (Tensor indices, Tensor scores)");
+  m.def("mask_windows(Tensor mask) -> (Tensor ks, Tensor ke, Tensor summary)");
 }
 
 // Selection has no gradient: outputs of every operator are constants to autograd.
@@ -22,4 +23,5 @@ TORCH_LIBRARY_IMPL(hisa, Autograd, m) {
   m.impl("pool_keys", torch::CppFunction::makeFallthrough());
   m.impl("index", torch::CppFunction::makeFallthrough());
   m.impl("flat_index", torch::CppFunction::makeFallthrough());
+  m.impl("mask_windows", torch::CppFunction::makeFallthrough());
 }

@@ -13,6 +13,7 @@ namespace hisa {
 
 enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 enum class Pooling { kMean, kMax };
+enum class MaskType { kBool, kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 HISA_HOST_DEVICE constexpr int64_t element_size(ElementType type) {
   switch (type) {
@@ -81,6 +82,24 @@ struct FlatParams {
   Keys keys;
   Windows windows;  // no segments
   Output output;
+};
+
+// The largest of each over all rows of a mask.
+struct MaskSummary {
+  int32_t unknown;  // 1: a value neither attends nor masks
+  int32_t broken;   // 1: what a row attends to is not one range
+  int32_t longest;  // range
+  int32_t latest;   // start of a range
+};
+
+struct MaskParams {
+  const void* data;  // [entries, rows, keys] of `type`
+  int64_t entries, rows, keys;
+  int64_t entry_stride, row_stride, key_stride;  // in elements, may be 0
+  MaskType type;
+  int32_t* start;  // [entries, rows], 0 where a row attends to nothing
+  int32_t* end;    // [entries, rows], likewise
+  MaskSummary* summary;
 };
 
 }  // namespace hisa

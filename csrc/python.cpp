@@ -40,7 +40,9 @@ py::dict build_info() {
       "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
       "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,
       "min_block_topk"_a = support::kMinBlockTopk,
-      "dtypes"_a = py::make_tuple(at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn));
+      "dtypes"_a = py::make_tuple(at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn),
+      "mask_dtypes"_a =
+          py::make_tuple(at::kBool, at::kHalf, at::kBFloat16, at::kFloat, at::kDouble));
 }
 
 void set_cpu_isa(const std::string& name) {

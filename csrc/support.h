@@ -15,6 +15,8 @@ inline constexpr int64_t kMaxKeys = 2147483647;  // indices are int32
 inline constexpr int64_t kMaxRows = 2147483647;  // of a plan, so that its counts fit in 64 bits
 // dtypes of q and k: see element_type() in checks.cpp, which the same text names.
 inline constexpr const char* kElementTypes = "float32, bfloat16, float16 or float8_e4m3fn";
+// of a mask: see mask_type() in checks.cpp
+inline constexpr const char* kMaskTypes = "bool, float16, bfloat16, float32 or float64";
 inline constexpr const char* kPoolings = "\"mean\" or \"max\"";
 
 }  // namespace hisa::support

@@ -61,6 +61,15 @@ def check_contract(k: Tensor, *, block_size: int | None = None, **tensors: Tenso
         module.check_sizes(*limited)
 
 
+def check_mask(mask: Tensor) -> None:
+    """Raise TypeError or ValueError for what cannot be an attention mask of `mask_windows`."""
+    known = _extension.require().build_info()["mask_dtypes"]
+    if mask.dtype not in known:
+        raise TypeError(f"mask: expected one of {known}, got {mask.dtype}")
+    if mask.dim() != 3:
+        raise ValueError(f"mask: expected [B, S, T], got {list(mask.shape)}")
+
+
 def check_numbers(block_size: int, block_topk: int, topk: int, pooling: str) -> None:
     """Raise ValueError for what is not supported; a symbolic number is left alone."""
     module = _extension.require()

@@ -1,7 +1,8 @@
 """The operators: `index`, `flat_index`, `pool_keys`, each with its fake kernel below it.
 
 `torch.ops.hisa.*` are the same operators as the dispatcher sees them: they always return two
-tensors, and the second one has no rows where scores were not asked for.
+tensors, and the second one has no rows where scores were not asked for. `mask_windows` is for
+`hisa.hf` and no part of the package's face.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .checking import (
     check_values,
     readable,
 )
-from .contract import check_contract, check_numbers
+from .contract import check_contract, check_mask, check_numbers
 
 Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -383,6 +384,39 @@ def _(
     if isinstance(topk, int):
         _extension.require().check_topk(topk)
     return _empty_selection(q, topk, return_scores)
+
+
+def mask_windows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the range of keys that each row of an attention mask attends to, in one pass over it.
+
+    Args:
+        mask: `[B, S, T]` with any strides: bool (True: attend), or additive in float16, bfloat16,
+            float32 or float64 (0: attend; -65504, the float16 minimum, or less: masked).
+
+    Returns:
+        `(ks, ke, summary)`: `[B, S]` int32, the first key of each row and one past its last; both 0
+        where it attends to none. `summary`, `[4]` int32, is the maximum over all rows of: whether a
+        value neither attends nor masks, as NaN does; whether the keys attended to are not one
+        range; `ke - ks`; `ks`.
+
+    Raises:
+        TypeError: the mask's dtype is not accepted.
+        ValueError: its shape is not accepted.
+
+    Cost: the mask is read once; nothing is allocated beside the results, and nothing waits for the
+    device.
+    """
+    _extension.require()
+    check_types(Tensor, mask=mask)
+    windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows(mask)
+    return windows
+
+
+@_fake_kernel("mask_windows")
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_mask(mask)
+    ks, ke = (mask.new_empty(mask.shape[:2], dtype=torch.int32) for _ in range(2))
+    return ks, ke, mask.new_empty(4, dtype=torch.int32)
 
 
 def _empty_selection(q: Tensor, topk: int, return_scores: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from tests.checker import assert_same
 from tests.families import CUDA
 from tests.numeric import DTYPES
 from tests.test_cuda_dispatch import KERNELS
+from tests.test_t18_mask_windows import DTYPES as MASK_DTYPES
+from tests.test_t18_mask_windows import LAYOUTS, assert_right, fuzzed
 
 
 def main() -> None:
@@ -29,6 +31,11 @@ def main() -> None:
         case = exact_case(shapes, dtype=torch.bfloat16, M=1, N=n, H=1, D=16, topk=topk)
         assert_same(CUDA.flat_index(case), oracle.flat_index(case))
         shapes += 1
+    for dtype in MASK_DTYPES:
+        for seed, layout in enumerate(LAYOUTS.values()):
+            mask = fuzzed(seed, dtype).cuda()
+            assert_right(layout(mask), mask)
+            shapes += 1
     print(f"{shapes} shapes right")
 
 

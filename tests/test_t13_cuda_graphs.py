@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import hisa
+from hisa.ops import mask_windows
 from tests.case import same_bytes
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +32,7 @@ class Inputs:
         self.weights = torch.zeros(M, H, device="cuda")
         self.ks = torch.zeros(M, device="cuda", dtype=torch.int32)
         self.ke = torch.zeros(M, device="cuda", dtype=torch.int32)
+        self.mask = torch.zeros(1, M, N, device="cuda", dtype=torch.bool)
 
     def refill(self, seed: int) -> None:
         """New numbers, and windows that are empty, negative, beyond the end, shrinking, growing."""
@@ -41,6 +43,8 @@ class Inputs:
         longest = (N, 0, N // 2, 300, N + 99)[seed % 5]
         self.ke.random_(-4, longest + 1, generator=random)
         self.ks.random_(-4, 100, generator=random)
+        position = torch.arange(N, device="cuda")
+        self.mask.copy_((position >= self.ks[:, None]) & (position < self.ke[:, None]))
 
     def call(self) -> list[Tensor]:
         """Run every op."""
@@ -52,6 +56,7 @@ class Inputs:
             hisa.index(self.q, self.k, self.weights, pooled=pooled, **windows, **OPTIONS),
             *hisa.flat_index(self.q, self.k, self.weights, topk=50, return_scores=True, **windows),
             hisa.flat_index(self.q, self.k, self.weights, topk=2900, **windows),
+            *mask_windows(self.mask),
         ]
 
 

@@ -25,6 +25,12 @@ from tests.case import Case, same_bytes
 from tests.numeric import DTYPES, FP8
 
 OPS = ("pool_keys", "index", "flat_index")
+MASKS = {
+    "bool": torch.ones(2, 5, 5).bool().tril(),
+    "additive": torch.full((2, 5, 5), -torch.inf).triu(1),
+    "expanded": torch.zeros(2, 1, 5, dtype=torch.bfloat16).expand(2, 3, 5),
+    "no rows": torch.zeros(2, 0, 5, dtype=torch.float16),
+}
 SCHEMAS = Path(__file__).parent / "schemas.json"
 
 
@@ -67,6 +73,12 @@ def test_opcheck(op: str, number: int) -> None:
     torch.library.opcheck(getattr(torch.ops.hisa, op).default, args, kwargs, test_utils=utils)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_opcheck_of_masks(mask: str) -> None:
+    """The same for the op that `hisa.hf` finds windows with."""
+    torch.library.opcheck(torch.ops.hisa.mask_windows.default, (MASKS[mask],))
+
+
 def test_schemas_are_kept() -> None:
     """The schemas accept every call that the recorded ones accept (tests/schemas.json).
 
@@ -82,7 +94,7 @@ def test_schemas_are_kept() -> None:
 
 def current_schemas() -> dict[str, str]:
     """Schemas of this build."""
-    return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in OPS}
+    return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in (*OPS, "mask_windows")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

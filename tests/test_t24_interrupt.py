@@ -38,13 +38,27 @@ with family.active():
     assert torch.equal(call(q[:3], k[:500], w[:3], **small), want)
     print("right", flush=True)
 """
+MASK_SCRIPT = """
+import signal, time, torch
+from hisa.ops import mask_windows
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(2)
+mask = torch.zeros(1, 1, 1 << 20).expand(1, 1 << 22, 1 << 20)
+print("started", flush=True)
+try:
+    mask_windows(mask)
+    print("finished", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", time.time(), flush=True)
+assert mask_windows(mask[:, :2])[1].tolist() == [[1 << 20] * 2]
+print("right", flush=True)
+"""
 
 
-@pytest.mark.parametrize(("op", "threads"), [("index", 1), ("index", 2), ("flat_index", 2)])
-def test_interrupt(family: Family, op: str, threads: int) -> None:
-    """SIGINT in a call of minutes raises KeyboardInterrupt within 2 s; the next call is right."""
+def check_interrupt(script: str, *arguments: str) -> None:
+    """Send SIGINT to a script that has started a long call."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, family.name, op, str(threads)],
+        [sys.executable, "-c", script, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     try:
@@ -59,6 +73,17 @@ def test_interrupt(family: Family, op: str, threads: int) -> None:
     assert lines[0] == "interrupted", (out, err)
     assert lines[-1] == "right", (out, err)
     assert float(lines[1]) - sent < PROMPT
+
+
+@pytest.mark.parametrize(("op", "threads"), [("index", 1), ("index", 2), ("flat_index", 2)])
+def test_interrupt(family: Family, op: str, threads: int) -> None:
+    """SIGINT in a call of minutes raises KeyboardInterrupt within 2 s; the next call is right."""
+    check_interrupt(SCRIPT, family.name, op, str(threads))
+
+
+def test_interrupt_of_a_mask() -> None:
+    """The same while windows are looked for."""
+    check_interrupt(MASK_SCRIPT)
 
 
 DAEMON = """

@@ -4,11 +4,14 @@
 
 #include "../entry.h"
 #include "float_environment.h"
+#include "mask.h"
 #include "run.h"
 #include "stages.h"
 
 namespace hisa::cpu {
 namespace {
+
+constexpr int64_t kMaskGrain = 1 << 16;  // mask elements that are worth a thread
 
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
@@ -34,6 +37,17 @@ struct Cpu {
     run_groups(make_plan(shape, at::get_num_threads()), params,
                [&](Group& group) { cpu::flat(params, group); });
   }
+
+  void mask(const MaskParams& params) {
+    InterruptPoll poll;
+    const int64_t rows = params.entries * params.rows;
+    const int64_t grain = std::max<int64_t>(1, kMaskGrain / std::max<int64_t>(1, params.keys));
+    const auto scan = [&](int64_t begin, int64_t end, const MaskSummary& summary) {
+      return larger(summary, scan_mask(params, begin, end, poll));
+    };
+    *params.summary = at::parallel_reduce(0, rows, grain, MaskSummary{}, scan, larger);
+    poll.raise_if_stopped();
+  }
 };
 
 }  // namespace
@@ -42,6 +56,7 @@ TORCH_LIBRARY_IMPL(hisa, CPU, m) {
   m.impl("pool_keys", &pool_keys<Cpu>);
   m.impl("index", &hisa::index<Cpu>);
   m.impl("flat_index", &flat_index<Cpu>);
+  m.impl("mask_windows", &mask_windows<Cpu>);
 }
 
 }  // namespace hisa::cpu

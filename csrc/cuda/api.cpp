@@ -57,6 +57,8 @@ struct Cuda {
         shape);
   }
 
+  void mask(const MaskParams& params) { C10_CUDA_CHECK(launch_mask(params, stream)); }
+
  private:
   void run(RowsParams params, const Shape& shape) {
     const Geometry geometry = make_geometry(shape, limits);
@@ -77,6 +79,7 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", &pool_keys<Cuda>);
   m.impl("index", &hisa::index<Cuda>);
   m.impl("flat_index", &flat_index<Cuda>);
+  m.impl("mask_windows", &mask_windows<Cuda>);
 }
 
 }  // namespace hisa::cuda

@@ -35,6 +35,7 @@ std::string kernel_name(const Shape& shape);
 // Fill in what follows from the geometry, and launch. No synchronisation.
 cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream);
 cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
+cudaError_t launch_mask(const MaskParams& params, cudaStream_t stream);
 
 // One translation unit each: rows_fp8.cu, ...
 template <ElementType kType>

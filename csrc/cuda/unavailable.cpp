@@ -25,4 +25,5 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("flat_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("mask_windows", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
 }

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-MASKED = torch.finfo(torch.float16).min
-SCAN_ELEMENTS = 1 << 22  # mask elements looked at together: bounds the temporaries of a scan
+import hisa
+from hisa.ops import mask_windows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Windows:
 
     def pruned_rows(self, block_size: int, block_topk: int) -> int:
         """Count the rows whose window meets more blocks than are kept."""
+        if self.longest <= (block_topk - 1) * block_size + 1:  # too short, wherever it begins
+            return 0
         key = (block_size, block_topk)
         if key not in self._pruned:
             starts = self.cu_seqlens_k[:-1]
@@ -56,7 +59,7 @@ class Windows:
 def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     """Find the window of every query, or say in a few words why there is none.
 
-    Memory does not depend on the mask's size: it is read a few rows at a time.
+    Waits for the device: what becomes of the mask is decided on the host.
     """
     if mask is None:
         return "no attention mask"
@@ -65,72 +68,51 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     fits = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, queries)
     if not fits or (mask.shape[2] == 1 and queries > 1):  # one value for all keys
         return f"attention mask of shape {list(mask.shape)}"
-    if not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+    known: Any = hisa.build_info()["mask_dtypes"]
+    if mask.dtype not in known:
         return f"attention mask of dtype {mask.dtype}"
     keys = mask.shape[2]
     if batch * keys >= 2**31:
         return "2**31 keys or more in one batch"
     if mask.stride(0) == 0:
         mask = mask[:1]  # one entry expanded over the batch
-    shape = mask.shape[:2]
-    ks = torch.zeros(shape, dtype=torch.int32, device=mask.device)
-    ke, broken, unknown = torch.zeros_like(ks), ks.bool(), ks.bool()
-    rows = max(1, SCAN_ELEMENTS // max(1, keys))
-    entries = max(1, rows // max(1, shape[1]))
-    for entry in range(0, shape[0] if keys else 0, entries):
-        for row in range(0, shape[1], rows):
-            at = (slice(entry, entry + entries), slice(row, row + rows))
-            ks[at], ke[at], broken[at], unknown[at] = _scan_rows(mask[at])
-    flags = torch.stack([unknown.any(), broken.any()]).tolist()
-    if flags[0]:
+    ks, ke, summary = mask_windows(mask)
+    unknown, broken, longest, latest = summary.tolist()
+    if unknown:
         return "attention mask with values that are neither 0 nor masked"
-    if flags[1]:
+    if broken:
         return "attention mask with a row that is not one range"
-    return _with_segments(ks.expand(batch, queries), ke.expand(batch, queries), keys)
+    ks, ke = ks.expand(batch, queries), ke.expand(batch, queries)
+    origins = torch.arange(batch + 1, device=ks.device, dtype=torch.int32) * keys
+    packed_ks, packed_ke = ks + origins[:-1, None], ke + origins[:-1, None]
+    return Windows(
+        keys=keys,
+        longest=longest if ks.numel() else 0,
+        ks=ks,
+        ke=ke,
+        packed_ks=packed_ks,
+        packed_ke=packed_ke,
+        cu_seqlens_k=_segments(origins, packed_ks, packed_ke) if latest else origins,
+    )
 
 
-def _scan_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ks, ke, "not one range" and "unknown values" of mask rows [..., T]."""
-    attend = rows if rows.dtype == torch.bool else rows == 0
-    count = attend.sum(-1, dtype=torch.int32)
-    some = count > 0
-    keys = rows.shape[-1]
-    # argmax gives the first of equal maxima; bool tensors have none, so look at them as bytes
-    first = attend.view(torch.uint8).argmax(-1) * some
-    end = (keys - attend.flip(-1).view(torch.uint8).argmax(-1)) * some
-    unknown = torch.zeros_like(some)
-    if rows.dtype != torch.bool:
-        unknown = ~(attend | (rows <= MASKED)).all(-1)
-    return first, end, end - first != count, unknown
-
-
-def _with_segments(ks: Tensor, ke: Tensor, keys: int) -> Windows:
-    """Pack the batch, and cut each entry at the distinct starts of its windows.
+def _segments(origins: Tensor, packed_ks: Tensor, packed_ke: Tensor) -> Tensor:
+    """Cut each entry at the distinct starts of its windows; `origins` ends with all keys.
 
     NOTE: An entry whose windows overlap without sharing a start (a sliding window) cannot be cut
     and stays one segment. This is decided per entry: rows do not depend on the rest of the batch.
     A single query of such a mask looks like any other, so its blocks begin where its window does,
     and what it selects can differ from what it selects in a longer prefill.
     """
-    batch = ks.shape[0]
-    origins = torch.arange(batch, device=ks.device, dtype=torch.int32) * keys  # of the entries
-    packed_ks, packed_ke = ks + origins[:, None], ke + origins[:, None]
-    starts = torch.cat([origins, packed_ks.flatten()]).unique()  # ascending
-    end = starts.new_full((1,), batch * keys)
+    origins, end = origins[:-1], origins[-1:]
+    starts = torch.cat([origins, packed_ks.flatten()]).sort().values
     # the next start behind each window's own: a window that reaches beyond it overlaps another
     following = torch.cat([starts, end])[torch.searchsorted(starts, packed_ks, right=True)]
     overlapping = (packed_ke > following).any(1)
     owner = torch.searchsorted(origins, starts, right=True) - 1  # the entry that each start is in
     kept = (starts == origins[owner]) | ~overlapping[owner]
-    return Windows(
-        keys=keys,
-        longest=int((ke - ks).max()) if ks.numel() else 0,
-        ks=ks,
-        ke=ke,
-        packed_ks=packed_ks,
-        packed_ke=packed_ke,
-        cu_seqlens_k=torch.cat([starts[kept], end]),
-    )
+    kept[1:] &= starts[1:] != starts[:-1]
+    return torch.cat([starts[kept], end])
 
 
 @dataclass

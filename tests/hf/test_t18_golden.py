@@ -66,11 +66,10 @@ def test_prefill(kind: str, attention: str, padding: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7])
 def test_few_rows_at_a_time(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut queries and masks into pieces that do not divide their lengths."""
+    """Cut queries into pieces that do not divide their number."""
     mask = PADDING["left"](LENGTH)
     row_bytes = 3 * 16 * 16 * 4  # batch, heads, channels, fp32
     monkeypatch.setattr("hisa.hf.indexer.CHUNK_BYTES", rows * row_bytes)
-    monkeypatch.setattr("hisa.hf.masks.SCAN_ELEMENTS", rows * LENGTH)
 
     def run(seed: int) -> Tensor:
         return hidden(model, tokens(3, LENGTH, seed), attention_mask=mask)[mask.bool()]

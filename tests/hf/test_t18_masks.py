@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa.hf import masks
 from hisa.hf.masks import WindowCache, Windows, scan
 from tests.hf.models import PRUNING, cached, tokens
 
@@ -46,9 +45,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [1, 50, 1 << 20])
-def test_every_window_is_found(kind: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "SCAN_ELEMENTS", step)
+def test_every_window_is_found(kind: str) -> None:
     keys = 9
     pairs = torch.combinations(torch.arange(keys + 1), with_replacement=True)
     ks, ke = pairs.T.reshape(2, 5, -1).int()
@@ -96,22 +93,23 @@ def test_segments_begin_where_windows_do() -> None:
     found = windows_of(torch.stack([left, packed, full, sliding]))
     assert found.cu_seqlens_k.tolist() == [0, 4, 10, 13, 18, 20, 30, 40]
     assert found.cu_seqlens_k.dtype == torch.int32
+    assert windows_of(torch.stack([full, full])).cu_seqlens_k.tolist() == [0, 10, 20]
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("block_size", [1, 2, 4, 5, 8])
 def test_pruned_rows_counts_blocks_from_the_segments_start(block_size: int) -> None:
     full = torch.ones(12, 12).bool().tril()
-    found = windows_of(
-        torch.stack([full, mask_of(*causal(12, 12, 3), 12) & full, full & ~full.tril(-7)])
-    )
-    for block_topk in (2, 3):
-        expected = 0
-        for entry, row in np.ndindex(3, 12):
-            start, end = int(found.ks[entry, row]), int(found.ke[entry, row])
-            origin = 3 if entry == 1 else 0
-            blocks = {(token - origin) // block_size for token in range(start, end)}
-            expected += len(blocks) > block_topk
-        assert found.pruned_rows(block_size, block_topk) == expected
+    kinds = [full, mask_of(*causal(12, 12, 3), 12) & full, full & ~full.tril(-7)]
+    origins = [0, 3, 0]
+    for entries in ([0], [1], [2], [0, 1, 2]):  # the longest windows are of 12, 9, 7 and 12 keys
+        found = windows_of(torch.stack([kinds[entry] for entry in entries]))
+        for block_topk in range(2, 13):
+            expected = 0
+            for i, row in np.ndindex(len(entries), 12):
+                window = range(int(found.ks[i, row]), int(found.ke[i, row]))
+                blocks = {(token - origins[entries[i]]) // block_size for token in window}
+                expected += len(blocks) > block_topk
+            assert found.pruned_rows(block_size, block_topk) == expected
 
 
 HOLE = torch.tensor([[[True, True, False, True]]])
@@ -122,6 +120,7 @@ UNUSABLE: dict[str, tuple[Tensor | None, str]] = {
     "strong bias": (torch.tensor([[[0.0, -1e4]]]), "neither 0 nor masked"),
     "nan": (torch.tensor([[[0.0, torch.nan]]]), "neither 0 nor masked"),
     "integers": (torch.ones(1, 1, 4, dtype=torch.long), "dtype torch.int64"),
+    "fp8": (torch.ones(1, 1, 4).to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
     "two dimensions": (torch.ones(1, 4, dtype=torch.bool), "shape [1, 4]"),
     "other batch": (torch.ones(2, 1, 4, dtype=torch.bool), "shape [2, 1, 4]"),
     "fewer keys than queries": (torch.ones(1, 3, 1, dtype=torch.bool), "shape [1, 3, 1]"),

@@ -103,6 +103,14 @@ MUTANTS = [
            "i < plan.groups &&", "i + 1 < plan.groups &&"),
     Mutant("Ctrl-C ignored", "interrupt.h", "if (hooks.pending != nullptr && hooks.pending())",
            "if (hooks.pending == nullptr)"),
+    # masks
+    Mutant("end of a mask's row ignored", "cpu/mask.cpp",
+           "while (key < count)", "while (key + kPiece <= count)"),
+    Mutant("fp16 minimum is not masked", "mask.h", "bits >= kMinimum", "bits > kMinimum"),
+    Mutant("NaN is masked", "mask.h", " && bits <= kInfinity", ""),
+    Mutant("-0.0 does not attend", "mask.h", "static_cast<Bits>(bits << 1) == 0", "bits == 0"),
+    Mutant("strides of a mask's rows ignored", "cpu/mask.cpp", "* params.row_stride",
+           "* params.keys"),
     # the threads that rows run on, and what is done on their behalf
     Mutant("flush-to-zero as the thread has it", "cpu/run.h",
            "const FloatEnvironment environment;", ""),
