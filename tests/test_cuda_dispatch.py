@@ -7,6 +7,9 @@ takes, and a plan that names another kernel than the one that runs.
 
 from __future__ import annotations
 
+import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +98,10 @@ def test_more_rows_than_blocks_of_the_workspace() -> None:
     few = case.rows(some)
     want = oracle.flat_index(few)
     assert_same(type(got)(got.indices[some], got.scores[some]), want)
+
+
+@pytest.mark.skipif("HISA_TESTED" not in os.environ, reason="for make test-cuda-fp8")
+def test_right_build() -> None:
+    """`make test-cuda-fp8` proves nothing if the ordinary extension was imported."""
+    extension = Path(str(importlib.import_module("hisa._C").__file__))
+    assert Path(os.environ["HISA_TESTED"]) in extension.parents

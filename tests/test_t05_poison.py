@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import hisa
 from tests import guard_cuda, oracle
 from tests.builders import exact_case, int32
 from tests.case import TENSORS, Case, same_bytes
@@ -150,8 +151,13 @@ def test_guard_pages(family: Family, start: int, after: bool) -> None:
 
 def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `tests.guard_cuda` in a process of its own: a fault ends its CUDA context."""
+    folder = str(Path(hisa.__file__).parent.parent)  # the build that this process tests
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(arguments)!r}; "
+        "runpy.run_module('tests.guard_cuda', run_name='__main__')"
+    )
     return subprocess.run(
-        [sys.executable, "-m", "tests.guard_cuda", *arguments],
+        [sys.executable, "-c", script],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=170,
     )  # fmt: skip
 
