@@ -51,7 +51,8 @@ NAMES := $(if $(V),cat,sed -uEn 's%^ *(Collecting|Processing) ([^ ]*/)?([^ ]+).*
 WORKERS = $$($(PY) -c 'import xdist; print("--numprocesses $(JOBS) --dist worksteal")' 2>/dev/null)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(WORKERS)
 
-.PHONY: help demo test test-long test-gpu-long lint format bench build sanitize sanitize-cuda clean
+.PHONY: help demo test test-long test-gpu-long test-cuda-fp8 lint format bench build sanitize \
+  sanitize-cuda clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +68,20 @@ test-long: $(READY) ## the long versions of the tests (hours)
 
 test-gpu-long: $(READY) sanitize-cuda ## the long versions on a GPU, and sanitize-cuda (an hour)
 	$(PYTEST) -m long --families cuda tests/test_*.py $(ARGS)
+
+# What other GPUs do with fp8, on the one that is here: builds of their own, beside the normal one.
+FP8_PATHS := HISA_FP8_MMA HISA_NO_FP8_CVT
+FP8_TESTS = $(addprefix tests/test_,$(addsuffix *.py,cuda_dispatch t01 t02 t03 t05 t06 t09 t10 t12 t16))
+test-cuda-fp8: $(READY) ## the fast fp8 tests on what sm_80 and sm_89 would run
+	@for path in $(FP8_PATHS); do \
+	  echo "== hisa._C with $$path"; \
+	  lib=build/$$path/lib; \
+	  export HISA_TESTED=$(CURDIR)/$$lib; \
+	  HISA_CUDA=1 NVCC_APPEND_FLAGS=-D$$path $(PY) -W ignore setup.py -q build_py --build-lib $$lib \
+	    build_ext --build-lib $$lib --build-temp build/$$path/temp 2>&1 | $(SHORT); \
+	  $(PYTEST) -o pythonpath="$$lib ." --import-mode=append --families cuda -m 'gpu and not long' \
+	    -k 'fp8 or float8 or exact or right_build' $(FP8_TESTS) $(ARGS) || exit 1; \
+	done
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -3,7 +3,8 @@
 The ops take q, k and weights, not scores. `realise` builds a call whose scores are exactly the
 wanted fp32 values: one head (weight +1) reads channel 0, where the key holds a positive value, the
 other (weight -1) reads channel 1, where it holds the magnitude of a negative one. A key scale of 0
-or NaN gives a zero with a sign and a NaN score.
+or NaN gives a zero with a sign and a NaN score. In 16 and 8 bits the key holds a 1 in the one
+channel or the other, and its scale is the magnitude.
 """
 
 from __future__ import annotations
@@ -20,24 +21,32 @@ from tests.numeric import F32
 Builder = Callable[[int, int, np.random.Generator], F32]
 
 
-def realise(wanted: F32) -> dict[str, Any]:
-    """Return q [1, 2, 16], k [n, 16], weights [1, 2] and k_scale [n] whose scores are `wanted`."""
+def realise(
+    wanted: F32, dtype: torch.dtype = torch.float32, heads: int = 2, depth: int = 16
+) -> dict[str, Any]:
+    """Return q [1, H, D], k [n, D], weights [1, H] and k_scale [n] whose scores are `wanted`."""
     n = len(wanted)
-    q = np.zeros((1, 2, 16), np.float32)
+    q, weights = torch.zeros(1, heads, depth), torch.zeros(1, heads)
     q[0, 0, 0] = q[0, 1, 1] = 1
-    k, scale = np.zeros((n, 16), np.float32), np.ones(n, np.float32)
+    weights[0, 0], weights[0, 1] = 1, -1
+    if dtype != torch.float32:
+        channels = torch.from_numpy(np.signbit(wanted).astype(np.int64))
+        ones = torch.zeros(n, depth).scatter_(1, channels[:, None], 1.0)
+        magnitudes = torch.from_numpy(np.abs(wanted))
+        return {"q": q.to(dtype), "k": ones.to(dtype), "weights": weights, "k_scale": magnitudes}
+    k, scale = np.zeros((n, depth), np.float32), np.ones(n, np.float32)
     k[:, 0] = np.where(wanted > 0, wanted, 0)
     k[:, 1] = np.where(wanted < 0, -wanted, 0)
     negative_zero = (wanted == 0) & np.signbit(wanted)
     k[negative_zero, 1], scale[negative_zero] = 1, 0
     scale[np.isnan(wanted)] = np.nan
-    arrays = {"q": q, "k": k, "weights": np.array([[1, -1]], np.float32), "k_scale": scale}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    arrays = {"k": torch.from_numpy(k), "k_scale": torch.from_numpy(scale)}
+    return {"q": q, "weights": weights, **arrays}
 
 
-def realise_case(wanted: F32, topk: int) -> Case:
-    """Return a call for `flat_index` with the wanted scores."""
-    return Case(**realise(wanted), topk=topk)
+def realise_case(wanted: F32, topk: int, *kernel: Any) -> Case:
+    """Return a call for `flat_index` with the wanted scores; dtype, H and D name a kernel."""
+    return Case(**realise(wanted, *kernel), topk=topk)
 
 
 def bits(pattern: np.ndarray) -> F32:

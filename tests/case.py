@@ -45,10 +45,10 @@ class Case:
 
     def to(self, device: str) -> Case:
         """Return a copy on `device`."""
-        moved = {name: getattr(self, name) for name in TENSORS}
-        moved = {name: None if t is None else t.to(device) for name, t in moved.items()}
-        pooled = None if self.pooled is None else tuple(t.to(device) for t in self.pooled)
-        return self.replace(**moved, pooled=pooled)
+        fields = {name: getattr(self, name) for name in TENSORS}
+        fields = {n: None if t is None else moved(t, device) for n, t in fields.items()}
+        pooled = None if self.pooled is None else tuple(moved(t, device) for t in self.pooled)
+        return self.replace(**fields, pooled=pooled)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,6 +92,16 @@ class Case:
             f"ks={self.ks is not None} ke={self.ke is not None} segments={packed} "
             f"pooled={self.pooled is not None}"
         )
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """Return a tensor on `device` with the strides and the storage offset that it has here."""
+    if torch.device(device).type in (tensor.device.type, "meta") or tensor.device.type != "cpu":
+        return tensor.to(device)
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
+    return empty.set_(storage.to(device).untyped_storage(), *layout)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -27,14 +27,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise `family` over the kernel families, `any_family` over the reference too."""
+    """Parametrise `family` over the kernel families, `any_family` over the reference too.
+
+    `device` takes the devices of these families. What runs on a GPU has the mark `gpu`.
+    """
     wanted = set(filter(None, metafunc.config.getoption("families").split(",")))
+    named = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted]
     for fixture in {"family", "any_family"} & set(metafunc.fixturenames):
-        if wanted:
-            chosen = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted]
-        else:
-            chosen = available() + ([REFERENCE] if fixture == "any_family" else [])
-        metafunc.parametrize(fixture, chosen, ids=lambda f: f.name, indirect=True)
+        chosen = named or available() + ([REFERENCE] if fixture == "any_family" else [])
+        parameters = [pytest.param(f, id=f.name, marks=marks_of(f.device)) for f in chosen]
+        metafunc.parametrize(fixture, parameters, indirect=True)
+    if "device" in metafunc.fixturenames:
+        devices = dict.fromkeys(f.device for f in named or available())
+        metafunc.parametrize("device", [pytest.param(d, marks=marks_of(d)) for d in devices])
+
+
+def marks_of(device: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of tests on a device."""
+    return [pytest.mark.gpu] if device == "cuda" else []
 
 
 @pytest.fixture

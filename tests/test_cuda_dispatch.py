@@ -7,6 +7,9 @@ takes, and a plan that names another kernel than the one that runs.
 
 from __future__ import annotations
 
+import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +80,14 @@ def test_hierarchical_in_every_layout(block_topk: int, topk: int) -> None:
     assert_same(CUDA.index(case), oracle.index(case))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+def test_more_blocks_than_tokens(dtype: torch.dtype) -> None:
+    """The blocks of a row, of which more are kept than tokens, do not fit in memory at once."""
+    case = exact_case(6, dtype=dtype, M=2, N=400_000, H=1, D=16, B=8, block_topk=3000, topk=5,
+                      ke=int32([400_000, 399_995]), cu_seqlens_k=None)  # fmt: skip
+    assert_same(CUDA.index(case), oracle.index(case))
+
+
 def test_more_rows_than_blocks_of_the_workspace() -> None:
     """A layout in the workspace has few blocks, and each handles many rows, long and short."""
     ke = [60000 - 37 * i if i % 3 else 50 * i for i in range(600)]
@@ -87,3 +98,10 @@ def test_more_rows_than_blocks_of_the_workspace() -> None:
     few = case.rows(some)
     want = oracle.flat_index(few)
     assert_same(type(got)(got.indices[some], got.scores[some]), want)
+
+
+@pytest.mark.skipif("HISA_TESTED" not in os.environ, reason="for make test-cuda-fp8")
+def test_right_build() -> None:
+    """`make test-cuda-fp8` proves nothing if the ordinary extension was imported."""
+    extension = Path(str(importlib.import_module("hisa._C").__file__))
+    assert Path(os.environ["HISA_TESTED"]) in extension.parents

@@ -8,18 +8,33 @@ settle.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from tests import oracle
-from tests.adversarial import BUILDERS, realise, realise_case
+from tests.adversarial import BUILDERS, one_bin, realise, realise_case
 from tests.case import Case
-from tests.checker import assert_same
-from tests.families import Family
+from tests.checker import Result, assert_same
+from tests.families import CUDA, Family
+from tests.numeric import DTYPES, F32, short_name
 
 # Around the buffer and bin sizes that broke others: 4096, 16384, 65536.
 LENGTHS = (1, 100, 2047, 2048, 2049, 4096, 16449, 65536)
+# Keys and topk of each way in which csrc/cuda/launch.cpp lays out a row: at once in a chunk or in a
+# whole region; in chunks of 4096, 2048 and 1024 scores (so at 228 KiB); in the workspace.
+CUDA_LAYOUTS = (
+    (4000, 700), (18000, 2048), (31000, 2048), (41000, 9000), (61000, 16500), (61000, 25000),
+    (71000, 33000),
+)  # fmt: skip
+# Heads and channels: each tensor-core kernel
+CUDA_KERNELS = (
+    (2, 64), (32, 64), (64, 64), (70, 64), (16, 128), (32, 128), (64, 128), (100, 128), (4, 16),
+    (4, 256),
+)  # fmt: skip
+MILLION = 1_048_579
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -28,6 +43,16 @@ def test_scores_are_what_we_asked_for(name: str) -> None:
     rng = np.random.default_rng(1)
     wanted = BUILDERS[name](3000, 700, rng)
     got = oracle.flat_index(realise_case(wanted, 3000), oracle.ieee_score).scores[0]
+    assert np.array_equal(got, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=short_name)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_scores_are_what_we_asked_for_in_fewer_bits(name: str, dtype: torch.dtype) -> None:
+    """The trick in 16 and 8 bits."""
+    wanted = BUILDERS[name](300, 70, np.random.default_rng(1))
+    case = realise_case(wanted, 300, dtype, 3, 32)
+    got = oracle.flat_index(case, oracle.ieee_score).scores[0]
     assert np.array_equal(got, wanted, equal_nan=True)
 
 
@@ -65,12 +90,12 @@ def test_blocks(family: Family, name: str) -> None:
     assert_same(family.index(case), expected)
 
 
-def block_case(wanted: np.ndarray, kept: int) -> Case:
+def block_case(wanted: F32, kept: int, *kernel: Any) -> Case:
     """Return a call whose blocks score `wanted` (first and last do not matter) and keep `kept`."""
-    made = realise(wanted)
+    made = realise(wanted, *kernel)
     return Case(
         q=made["q"],
-        k=torch.zeros(len(wanted) * 8, 16),
+        k=torch.zeros(len(wanted) * 8, made["q"].shape[2]).to(made["q"].dtype),
         weights=made["weights"],
         pooled=(made["k"], made["k_scale"]),
         block_size=8,
@@ -106,3 +131,65 @@ def test_rows_of_every_kind_in_one_call(family: Family) -> None:
     )
     assert_same(family.flat_index(case), oracle.flat_index(case, oracle.ieee_score))
     assert_same(family.index(case), oracle.index(case, oracle.ieee_score))
+
+
+def assert_selects(result: Result, wanted: F32, note: str) -> None:
+    """Assert that a row of scores `wanted` gave its best tokens and their scores."""
+    best = oracle.best(wanted, result.indices.shape[1])
+    got = result.indices[0].numpy()
+    wrong = np.flatnonzero(got != best)
+    assert len(wrong) == 0, (
+        f"{note}: {len(wrong)} of {len(best)} slots are wrong, the first is {wrong[0]}: "
+        f"got {got[wrong[:8]]}, want {best[wrong[:8]]}"
+    )
+    assert np.array_equal(result.scores[0].numpy(), wanted[best], equal_nan=True), note
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_tokens_on_every_path_of_cuda(name: str, dtype: torch.dtype) -> None:
+    """Each builder in each layout of a row's scores; the kernels of a dtype take turns."""
+    rng = np.random.default_rng(7)
+    turn = list(BUILDERS).index(name)
+    for i, (n, topk) in enumerate(CUDA_LAYOUTS):
+        wanted = BUILDERS[name](n, topk, rng)
+        kernel = CUDA_KERNELS[(turn + i) % len(CUDA_KERNELS)]
+        result = CUDA.flat_index(realise_case(wanted, topk, dtype, *kernel))
+        assert_selects(result, wanted, f"n={n} k={topk} {kernel}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_blocks_on_every_path_of_cuda(name: str, dtype: torch.dtype) -> None:
+    """The same for the selection of blocks, at once and in chunks."""
+    rng = np.random.default_rng(8)
+    turn = list(BUILDERS).index(name)
+    for i, (blocks, kept) in enumerate([(700, 64), (5000, 2), (5000, 3), (40000, 128)]):
+        wanted = BUILDERS[name](blocks, kept, rng)
+        kernel = CUDA_KERNELS[(turn + i) % len(CUDA_KERNELS)]
+        result = CUDA.index(block_case(wanted, kept, dtype, *kernel))
+        inner = oracle.best(wanted[1:-1], kept - 2) + 1
+        want = np.concatenate([[0], inner, [blocks - 1]])
+        got = result.indices[0].numpy().reshape(kept, 8)[:, 0] // 8
+        assert got.tolist() == want.tolist(), (blocks, kept, kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+def test_a_million_columns_on_cuda(dtype: torch.dtype) -> None:
+    """N(0, 1), monotone and tied rows, and bins of 262,145 and a million candidates."""
+    names = (
+        "normal",
+        "ten low bits",
+        "consecutive",
+        "all equal",
+        "rising",
+        "falling",
+        "few values",
+    )
+    builders = [BUILDERS[name] for name in names] + [one_bin(262145), one_bin(1_000_000)]
+    for i, build in enumerate(builders):
+        wanted = build(MILLION, 2048, np.random.default_rng(9))
+        assert_selects(CUDA.flat_index(realise_case(wanted, 2048, dtype)), wanted, f"row {i}")

@@ -18,7 +18,8 @@ from tests import oracle
 from tests.builders import INT_MAX, INT_MIN, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.families import Family
+from tests.families import CUDA, Family
+from tests.numeric import FP8
 
 
 def windows_case(spans: list[tuple[int, int]], *, seed: int = 0, **fields: Any) -> Case:
@@ -60,6 +61,39 @@ def test_every_length_in_a_shifted_segment(family: Family, shift: int) -> None:
     spans = [(8 + shift + offset, 8 + shift + offset + n) for offset in range(9) for n in range(45)]
     case = windows_case(spans, cu_seqlens_k=cu, block_topk=2, topk=9)
     assert_same(family.index(case), oracle.index(case))
+
+
+# The tests around this one have fp32; tensor cores take keys eight at a time, in tiles of 8 to 64.
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_topk", [2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "depth"),
+    [
+        (torch.bfloat16, 2, 64),
+        (torch.bfloat16, 3, 256),
+        (torch.float16, 40, 128),
+        (FP8, 5, 48),
+        (FP8, 20, 128),
+    ],
+    ids=str,
+)
+def test_windows_on_tensor_cores(
+    dtype: torch.dtype, heads: int, depth: int, block_topk: int
+) -> None:
+    """Every length at every offset and in shifted segments, and the senseless windows."""
+    kernel: dict[str, Any] = {"dtype": dtype, "H": heads, "D": depth, "block_topk": block_topk}
+    every = [(24 + offset, 24 + offset + n) for offset in range(8) for n in range(34)]
+    cases = [windows_case(every, N=72, topk=13, **kernel)]
+    for shift in (1, 3, 7):
+        cu = int32([0, 8 + shift, 8 + shift, 61, 80])
+        spans = [(8 + shift + offset, 8 + shift + offset + n) for offset in range(9)
+                 for n in range(45)]  # fmt: skip
+        cases.append(windows_case(spans, cu_seqlens_k=cu, topk=9, **kernel))
+    edges = [INT_MIN, -81, -4, -1, 0, 1, 7, 8, 79, 80, 81, 200, INT_MAX]
+    cases.append(windows_case(list(itertools.product(edges, edges)), **kernel))
+    for case in cases:
+        assert_same(CUDA.index(case), oracle.index(case))
+        assert_same(CUDA.flat_index(case), oracle.flat_index(case))
 
 
 def test_senseless_windows(any_family: Family) -> None:

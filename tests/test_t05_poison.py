@@ -6,13 +6,17 @@ workspace, and reads past the end of any input.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests import oracle
+import hisa
+from tests import guard_cuda, oracle
 from tests.builders import exact_case, int32
 from tests.case import TENSORS, Case, same_bytes
 from tests.checker import assert_same
@@ -132,7 +136,7 @@ def test_fresh_memory_is_poison(family: Family, dirty_memory: None) -> None:
 def test_guard_pages(family: Family, start: int, after: bool) -> None:
     """200 calls in which every input touches an unmapped page: a stray read kills the process."""
     if family.device != "cpu":
-        pytest.skip("guard pages of this kind exist on the CPU only")
+        pytest.skip("on the CPU; test_guarded_memory_on_cuda is its counterpart")
     for seed in range(start, start + 20):
         case = exact_case(seed, budget=2e5)
         fields = {name: getattr(case, name) for name in TENSORS}
@@ -143,6 +147,54 @@ def test_guard_pages(family: Family, start: int, after: bool) -> None:
         pooled = family.pool_keys(fenced)
         pooled = (guarded(pooled[0], after), guarded(pooled[1], after))
         assert_same(family.index(fenced, pooled=pooled), oracle.index(case))
+
+
+def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `tests.guard_cuda` in a process of its own: a fault ends its CUDA context."""
+    folder = str(Path(hisa.__file__).parent.parent)  # the build that this process tests
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(arguments)!r}; "
+        "runpy.run_module('tests.guard_cuda', run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.seconds(180)
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+def test_guarded_memory_on_cuda(dtype: torch.dtype, side: str) -> None:
+    """44 calls whose inputs, outputs and workspace all touch unmapped addresses, or a canary.
+
+    The results are those of the same calls in ordinary memory, bit for bit.
+    """
+    run = run_guarded(side, short_name(dtype))
+    lines = run.stdout.splitlines()
+    done = f"after {len(lines)} calls, the last of them {lines[-1:]}\n{run.stderr}"
+    assert run.returncode == 0 and lines.pop() == "done", done
+    for line, case in zip(lines, guard_cuda.calls(dtype), strict=True):
+        assert line.split()[0] == guard_cuda.digest(case), case.describe()
+
+
+@pytest.mark.gpu
+@pytest.mark.seconds(180)
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("stray-read", "illegal memory access"),
+        ("stray-write", "canary overwritten"),
+        ("unwritten", "fresh memory holds -777"),
+    ],
+)
+def test_guards_on_cuda_notice(side: str, fault: str, message: str) -> None:
+    """Positive control: an access beyond a tensor ends the process, on either side."""
+    for dtype in DTYPES if fault == "stray-read" else DTYPES[:1]:
+        run = run_guarded(side, short_name(dtype), fault)
+        assert run.returncode != 0 and message in run.stderr, (dtype, run.stdout, run.stderr)
 
 
 def test_inputs_are_left_alone(family: Family) -> None:

@@ -1,6 +1,8 @@
 """T6: the same bytes on every run, with any number of threads, from many threads at once.
 
 Catches races between rows, state kept across calls, and sums that are cut by the number of threads.
+On CUDA also races inside a kernel: the same call again and again, eager, in a graph and on another
+stream, while other work comes and goes on the device.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import torch
 from tests.builders import causal, exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.checker import Result
-from tests.families import Family
+from tests.families import CUDA, Family
 from tests.numeric import DTYPES, FP8, short_name
 
 
@@ -53,6 +56,73 @@ def test_repeats_long(family: Family, dtype: torch.dtype) -> None:
         case = workload(seed, dtype)
         first = family.index(case)
         assert all(same(family.index(case), first) for _ in range(1000))
+
+
+# One row of scores at once and one in chunks, one and many heads, ties everywhere and hardly any.
+SHAPES_ON_CUDA: dict[str, dict[str, Any]] = {
+    "64 heads": {"M": 90, "N": 1500, "H": 64, "D": 128, "block_topk": 9, "topk": 65},
+    "32 heads": {"M": 7, "N": 6000, "H": 32, "D": 128, "block_topk": 40, "topk": 300},
+    "chunks": {"M": 3, "N": 40000, "H": 4, "D": 64, "block_size": 256, "block_topk": 80,
+               "topk": 9000},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("shape", ["ties", *SHAPES_ON_CUDA])
+@pytest.mark.parametrize("calls", [50, pytest.param(1000, marks=pytest.mark.long)])
+def test_repeats_on_cuda(calls: int, shape: str, dtype: torch.dtype) -> None:
+    """50 or 1,000 calls of each of 16 shapes, each of them eager, replayed and on other streams."""
+    if shape == "ties":
+        repeat_on_cuda(workload(1, dtype), calls)
+    else:
+        repeat_on_cuda(causal(random_case(2, dtype, **SHAPES_ON_CUDA[shape])), calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=short_name)
+def test_ties_on_cuda_ten_thousand_times(dtype: torch.dtype) -> None:
+    """10,000 calls with many ties: a winner must not depend on which thread came first."""
+    repeat_on_cuda(workload(1, dtype), 10_000)
+
+
+def repeat_on_cuda(case: Case, calls: int) -> None:
+    """Compare each of many calls, in four ways to make it, with the first one's bytes."""
+    on = case.to("cuda")
+
+    def call() -> list[torch.Tensor]:
+        both = CUDA.api.index(on.q, on.k, on.weights, **on.index_args(), return_scores=True)
+        flat = CUDA.api.flat_index(on.q, on.k, on.weights, **on.flat_args(), return_scores=True)
+        return [tensor.view(torch.int32) for tensor in (*both, *flat)]
+
+    want = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    ways = ["eager", "replayed", "on a stream", "on another stream"]
+    wrong = torch.zeros(4, dtype=torch.int64, device="cuda")
+    streams = [torch.cuda.current_stream(), torch.cuda.current_stream(),
+               torch.cuda.Stream(), torch.cuda.Stream()]  # fmt: skip
+    busy = torch.cuda.Stream()
+    matrix = torch.randn(1024, 1024, device="cuda")
+    torch.cuda.synchronize()
+    for i in range(calls):
+        with torch.cuda.stream(busy):  # takes a part of the device, now more and now less
+            if i % 4:
+                matrix @ matrix
+        noise = torch.full((1 + i * 7919 % 100_000,), -777, device="cuda", dtype=torch.int32)
+        for way, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if way == 1:
+                    graph.replay()
+                got = captured if way == 1 else call()
+                for ours, wanted in zip(got, want, strict=True):
+                    wrong[way] += (ours != wanted).any()
+        del noise
+    torch.cuda.synchronize()
+    different = {way: n for way, n in zip(ways, wrong.tolist(), strict=True) if n}
+    assert not different, f"results that differ, of {4 * calls} each: {different}"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 40, 129])

@@ -17,18 +17,20 @@ from tests import oracle
 from tests.builders import int32
 from tests.case import Case
 from tests.checker import Result, assert_same
-from tests.families import Family
-from tests.numeric import FP8
+from tests.families import CUDA, Family
+from tests.numeric import DTYPES, FP8, short_name
 from tests.oracle import Expected
 
 MILLION = 1_048_579
 
 
-def integer_case(m: int, n: int, seed: int = 0, **fields: Any) -> Case:
+def integer_case(
+    m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Case:
     """Return one head of small integers: exact, and cheap to make."""
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(-2, 3, (m, 1, 16), generator=generator).float()
-    k = torch.randint(-2, 3, (n, 16), generator=generator).float()
+    q = torch.randint(-2, 3, (m, 1, 16), generator=generator).to(dtype)
+    k = torch.randint(-2, 3, (n, 16), generator=generator).to(dtype)
     weights = torch.randint(1, 3, (m, 1), generator=generator).float()
     arguments = {"q": q, "k": k, "weights": weights, "block_size": 128, "topk": 512, **fields}
     return Case(**arguments)
@@ -56,11 +58,26 @@ def test_a_million_keys(family: Family) -> None:
     assert_same(family.flat_index(case), flat)
 
 
-def test_seventy_thousand_rows(family: Family) -> None:
-    """M = 70,000: more rows than a 16-bit grid dimension holds."""
-    m = 70_000
+@pytest.mark.gpu
+@pytest.mark.seconds(180)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=short_name)
+def test_a_million_keys_on_tensor_cores(dtype: torch.dtype) -> None:
+    """The same in 16 and 8 bits."""
+    ke = int32([MILLION, MILLION - 1, MILLION // 2])
+    case = integer_case(3, MILLION, dtype=dtype, block_topk=64, ke=ke)
+    assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+    if dtype == FP8:  # pooled keys are not exact; zeros are
+        case = case.replace(k=torch.zeros(MILLION, 16).to(FP8))
+    assert_same(CUDA.index(case), oracle.index(case))
+
+
+@pytest.mark.parametrize("m", [70_000, 131_073])
+def test_many_rows(family: Family, m: int) -> None:
+    """More rows than a 16-bit grid dimension holds, and more than twice as many."""
     case = integer_case(m, 90, block_size=8, block_topk=3, topk=7, ke=int32(np.arange(m) % 91))
-    rows = torch.cat([torch.tensor([0, 1, 65535, 65536, m - 1]), torch.randint(0, m, (300,))])
+    rows = torch.cat(
+        [torch.tensor([0, 1, 65535, 65536, m - 2, m - 1]), torch.randint(0, m, (300,))]
+    )
     on = case.to(family.device)
     got = family.api.index(on.q, on.k, on.weights, **on.index_args(), return_scores=True)
     assert_rows(Result(*(t.cpu() for t in got)), case, rows)
@@ -94,9 +111,9 @@ def brute_force(case: Case, rows: torch.Tensor) -> list[list[int]]:
     return answers
 
 
-def far_apart(tensor: torch.Tensor, stride: int) -> torch.Tensor:
-    """Copy a tensor, its rows `stride` elements apart; untouched pages take no memory."""
-    room = torch.empty(tensor.shape[0] * stride, dtype=tensor.dtype)
+def far_apart(tensor: torch.Tensor, stride: int, device: str = "cpu") -> torch.Tensor:
+    """Copy a tensor, rows `stride` elements apart; on the CPU, untouched pages take no memory."""
+    room = torch.empty(tensor.shape[0] * stride, dtype=tensor.dtype, device=device)
     strides = (stride, *tensor[0].stride())
     return room.as_strided(tensor.shape, strides).copy_(tensor)
 
@@ -105,7 +122,7 @@ def far_apart(tensor: torch.Tensor, stride: int) -> torch.Tensor:
 def test_strides_beyond_32_bits(family: Family, name: str) -> None:
     """Rows that lie 2^27 elements apart: the last offsets exceed 2^32 elements."""
     if family.device != "cpu":
-        pytest.skip("needs memory that is reserved but not backed")
+        pytest.skip("takes no memory on the CPU; on CUDA it is a test of its own")
     case = integer_case(40, 40, block_size=8, block_topk=3, topk=7)
     want, flat = oracle.index(case), oracle.flat_index(case)
     if name == "pooled":  # five slots, so further apart
@@ -117,6 +134,26 @@ def test_strides_beyond_32_bits(family: Family, name: str) -> None:
     assert_same(family.flat_index(case), flat)
     if name == "k":
         assert torch.equal(family.pool_keys(case)[0], torch.from_numpy(oracle.pool_keys(case)[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["q", "k", "pooled"])
+def test_strides_beyond_32_bits_on_cuda(name: str) -> None:
+    """The same in 11 GB of bf16: the last offsets exceed 2^32 elements."""
+    case = integer_case(40, 40, dtype=torch.bfloat16, block_size=8, block_topk=3, topk=7)
+    want, flat = oracle.index(case), oracle.flat_index(case)
+    if name == "pooled":
+        pooled, scale = CUDA.pool_keys(case)
+        case = case.replace(pooled=(far_apart(pooled, 2**30, "cuda"), scale))
+    else:
+        case = case.replace(**{name: far_apart(getattr(case, name), 2**27, "cuda")})
+    try:
+        assert_same(CUDA.index(case), want)
+        assert_same(CUDA.flat_index(case), flat)
+    finally:
+        del case
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from torch import Tensor
 import hisa
 from hisa.ops import mask_windows
 from tests.case import same_bytes
+from tests.numeric import DTYPES, short_name
 
 pytestmark = pytest.mark.gpu
 M, N, H, D = 24, 3000, 8, 64
@@ -70,7 +71,7 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize(
     "replays", [100, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.seconds(600)])]
 )
@@ -93,9 +94,10 @@ def test_replays(dtype: torch.dtype, replays: int) -> None:
             assert same_bytes(ours, eager), seed
 
 
-def test_no_synchronisation() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+def test_no_synchronisation(dtype: torch.dtype) -> None:
     """No op waits for the device, whatever it does."""
-    inputs = Inputs(torch.bfloat16)
+    inputs = Inputs(dtype)
     inputs.refill(1)
     inputs.call()
     with no_synchronisation():

@@ -1,7 +1,6 @@
-"""T14 and T22: any stream, several streams and threads at once, any device.
+"""T14: any stream, several streams and threads at once.
 
-Catches state that calls share, a launch on another stream than the current one, and a launch on
-another device than the tensors'.
+Catches state that calls share, and a launch on another stream than the current one.
 """
 
 from __future__ import annotations
@@ -116,25 +115,3 @@ def test_memory_handed_on() -> None:
         run(make_cases()[0])
         torch.cuda.synchronize()
         assert same_bytes(copy, want)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_other_device() -> None:
-    """Calls on device 1 while 0 is current give the same bytes, and leave 0 current."""
-    wanted = [run(case) for case in make_cases("cuda:0")]
-    torch.cuda.set_device(0)
-    for case, want in zip(make_cases("cuda:1"), wanted, strict=True):
-        got = run(case)
-        assert all(tensor.device == torch.device("cuda:1") for tensor in got)
-        assert torch.cuda.current_device() == 0
-        assert equal([tensor.cpu() for tensor in got], [tensor.cpu() for tensor in want])
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_mixed_devices() -> None:
-    """Tensors on two devices are refused by name."""
-    case = make_cases("cuda:0")[0]
-    with pytest.raises(
-        ValueError, match=r"weights: expected a tensor on cuda:0 .*got one on cuda:1"
-    ):
-        hisa.flat_index(case.q, case.k, case.weights.to("cuda:1"))

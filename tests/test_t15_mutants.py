@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.catalogue import MUTANTS, Mutant, mutated
+from tests.mutants.catalogue import CUDA_MUTANTS, MUTANTS, Mutant, mutated
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *CUDA_MUTANTS], ids=lambda mutant: mutant.name)
 def test_still_applies(mutant: Mutant) -> None:
     """The catalogue follows the sources."""
     mutated(mutant, (CSRC / mutant.file).read_text())

@@ -46,20 +46,20 @@ def raw_calls(case: Case) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     }
 
 
-def samples() -> list[Case]:
+def samples(device: str) -> list[Case]:
     """20 small calls of every dtype, with and without each optional argument."""
     cases = [exact_case(seed, budget=2e4, M=3) for seed in range(18)]
     pooled = random_case(0, torch.bfloat16)
     cases.append(pooled.replace(pooled=hisa.pool_keys(pooled.k, block_size=8)))
     cases.append(random_case(1, torch.float32, M=0, N=8))
-    return cases
+    return [case.to(device) for case in cases]
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("number", range(20))
-def test_opcheck(op: str, number: int) -> None:
+def test_opcheck(device: str, op: str, number: int) -> None:
     """All of torch's op tests on 60 samples: schema, autograd registration, fake, AOT dispatch."""
-    args, kwargs = raw_calls(samples()[number])[op]
+    args, kwargs = raw_calls(samples(device)[number])[op]
     if op != "pool_keys":
         kwargs["return_scores"] = number % 2 == 0
     utils = [
@@ -98,9 +98,9 @@ def current_schemas() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_shapes(dtype: torch.dtype) -> None:
+def test_fake_shapes(device: str, dtype: torch.dtype) -> None:
     """Fake and meta tensors give the real outputs' shapes, dtypes and strides."""
-    case = random_case(0, dtype, M=5, N=41)
+    case = random_case(0, dtype, M=5, N=41).to(device)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     for op, (args, kwargs) in raw_calls(case).items():
         function = getattr(torch.ops.hisa, op)
@@ -131,14 +131,15 @@ def select(q: Tensor, k: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Ten
     return indices.float() + scores.clamp(min=-1) + flat + again
 
 
-def arguments(m: int, n: int) -> tuple[Tensor, ...]:
+def arguments(m: int, n: int, device: str) -> tuple[Tensor, ...]:
     """Return arguments of `select` for some lengths."""
-    case = random_case(m + n, torch.float32, M=m, N=n, H=2, D=16)
-    return case.q, case.k, case.weights, int32([0] * m), int32([n - i for i in range(m)])
+    windows = {"ks": int32([0] * m), "ke": int32([n - i for i in range(m)])}
+    case = random_case(m + n, torch.float32, M=m, N=n, H=2, D=16, **windows).to(device)
+    return case.q, case.k, case.weights, case.ks, case.ke
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_compile(dynamic: bool) -> None:
+def test_compile(device: str, dynamic: bool) -> None:
     """fullgraph, dynamic and static, the same bytes as eager; dynamic shapes compile once."""
     torch._dynamo.reset()
     graphs = []
@@ -152,12 +153,13 @@ def test_compile(dynamic: bool) -> None:
     compiled = torch.compile(select, fullgraph=True, dynamic=dynamic, backend=counting)
     shapes = [(5, 60), (6, 61), (9, 133)] if dynamic else [(5, 60)]
     for m, n in shapes:
-        assert torch.equal(compiled(*arguments(m, n)), select(*arguments(m, n)))
+        given = arguments(m, n, device)
+        assert torch.equal(compiled(*given), select(*given))
     assert len(graphs) == 1
 
 
 @pytest.mark.seconds(180)
-def test_compile_with_inductor() -> None:
+def test_compile_with_inductor(device: str) -> None:
     """The default backend, which may reorder, fuse and reuse buffers around the op."""
 
     def scaled(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -166,16 +168,17 @@ def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(scaled, fullgraph=True, dynamic=True)
     for m, n in ((5, 60), (6, 61)):
-        q, k, weights, *_ = arguments(m, n)
+        q, k, weights, *_ = arguments(m, n, device)
         assert torch.equal(compiled(q, k, weights), scaled(q, k, weights))
 
 
-def test_compile_ignores_hisa_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_ignores_hisa_check(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """HISA_CHECK=1 neither breaks the graph nor the result."""
     monkeypatch.setenv("HISA_CHECK", "1")
     torch._dynamo.reset()
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments(4, 50)), select(*arguments(4, 50)))
+    given = arguments(4, 50, device)
+    assert torch.equal(compiled(*given), select(*given))
 
 
 class Indexer(nn.Module):
@@ -195,20 +198,20 @@ class Indexer(nn.Module):
         return values[indices.clamp(min=0)].mean(1)
 
 
-def test_export() -> None:
+def test_export(device: str) -> None:
     """torch.export with a dynamic length gives a program with our op in it and the same result."""
-    module, x = Indexer().eval(), torch.randn(40, 16)
+    module, x = Indexer().eval().to(device), torch.randn(40, 16, device=device)
     length = torch.export.Dim("length", min=2, max=4096)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: length},))
     assert any("hisa.index" in str(node.target) for node in program.graph.nodes)
     for n in (40, 57):
-        x = torch.randn(n, 16)
+        x = torch.randn(n, 16, device=device)
         assert torch.equal(program.module()(x), module(x))
 
 
-def test_no_gradient_through_selection() -> None:
+def test_no_gradient_through_selection(device: str) -> None:
     """Inputs that require grad give outputs that do not, and a module around it trains."""
-    case = random_case(0, torch.float32)
+    case = random_case(0, torch.float32).to(device)
     for tensor in (case.q, case.k, case.weights):
         tensor.requires_grad_()
     indices, scores = hisa.index(case.q, case.k, case.weights, topk=8, return_scores=True)
@@ -216,31 +219,31 @@ def test_no_gradient_through_selection() -> None:
     flat, flat_scores = hisa.flat_index(case.q, case.k, case.weights, topk=8, return_scores=True)
     for output in (indices, scores, flat, flat_scores, *pooled):
         assert not output.requires_grad and output.grad_fn is None
-    module, x = Indexer(), torch.randn(40, 16, requires_grad=True)
+    module, x = Indexer().to(device), torch.randn(40, 16, device=device, requires_grad=True)
     module(x).square().sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert module.value.weight.grad is not None and module.project.weight.grad is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_training_step_compiled(compiled: bool) -> None:
+def test_training_step_compiled(device: str, compiled: bool) -> None:
     """The backward pass of a compiled module equals the eager one."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    module, x = Indexer(), torch.randn(40, 16)
+    module, x = Indexer().to(device), torch.randn(40, 16, device=device)
     call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
     call(x).square().sum().backward()
     want = torch.autograd.grad(module(x).square().sum(), module.value.weight)[0]
     torch.testing.assert_close(module.value.weight.grad, want)
 
 
-def modes() -> dict[str, Callable[[], Any]]:
+def modes(device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Contexts in which a call must give what it gives outside of them."""
     return {
         "no_grad": torch.no_grad,
         "inference": torch.inference_mode,
-        "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-        "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
+        "autocast bf16": lambda: torch.autocast(device, torch.bfloat16),
+        "autocast fp16": lambda: torch.autocast(device, torch.float16),
         "default dtype": lambda: DefaultDtype(torch.float64),
         "deterministic": lambda: Deterministic(),
     }
@@ -272,22 +275,22 @@ class Deterministic:
 
 @pytest.mark.parametrize("mode", modes())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_modes(dtype: torch.dtype, mode: str) -> None:
+def test_modes(device: str, dtype: torch.dtype, mode: str) -> None:
     """Grad modes, inference, autocast, default dtype, the deterministic flag: nothing changes."""
-    case = random_case(0, dtype)
+    case = random_case(0, dtype).to(device)
     calls = raw_calls(case)
     for op, (args, kwargs) in calls.items():
         want = getattr(torch.ops.hisa, op)(*args, **kwargs)
-        with modes()[mode]():
+        with modes(device)[mode]():
             got = getattr(torch.ops.hisa, op)(*args, **kwargs)
         assert all(same_bytes(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_inference_tensors() -> None:
+def test_inference_tensors(device: str) -> None:
     """Tensors made in inference mode are fine outside of it, and the other way round."""
     with torch.inference_mode():
-        made = random_case(0, torch.float32)
-    outside = random_case(0, torch.float32)
+        made = random_case(0, torch.float32).to(device)
+    outside = random_case(0, torch.float32).to(device)
     assert same_bytes(hisa.index(made.q, made.k, made.weights, topk=9),
                       hisa.index(outside.q, outside.k, outside.weights, topk=9))  # fmt: skip
 

@@ -18,6 +18,7 @@ import torch
 import hisa
 from tests.builders import random_case
 from tests.families import Family
+from tests.numeric import DTYPES, short_name
 
 SLACK = 12 * 2**20  # allocator and page rounding, thread stacks
 MEASURE = """
@@ -47,7 +48,7 @@ CALLS = [
 def test_peak_is_the_stated_formula(family: Family, call: tuple[str, int, int, int, int]) -> None:
     """Peak memory of a big call <= outputs + the plan's workspace + a small constant."""
     if family.device != "cpu" or not Path("/proc/self/clear_refs").exists():
-        pytest.skip("measured through Linux's /proc on the CPU")
+        pytest.skip("measured through Linux's /proc on the CPU; CUDA has a test of its own")
     if family.isa == "baseline":
         pytest.skip("the same allocations as the others, too slow at this size")
     op, m, n, h, d = call
@@ -113,7 +114,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
 def test_no_growth_over_many_calls(family: Family) -> None:
     """Thousands of calls of many lengths, failed ones among them, leave no memory behind."""
-    case = random_case(0, torch.float32, M=3, N=300, H=1, D=16)
+    case = random_case(0, torch.float32, M=3, N=300, H=1, D=16).to(family.device)
 
     def burst(calls: int) -> None:
         for i in range(calls):
@@ -123,10 +124,14 @@ def test_no_growth_over_many_calls(family: Family) -> None:
             with pytest.raises(ValueError, match="topk"):
                 hisa.index(case.q, case.k, case.weights, topk=0)
 
+    def held() -> int:
+        return torch.cuda.memory_allocated() if family.device == "cuda" else 0
+
     burst(500)
-    before = resident()
+    before, on_device = resident(), held()
     burst(2000)
     assert resident() - before < 4 * 2**20
+    assert held() == on_device
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
@@ -149,3 +154,103 @@ print("right")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                          cwd=Path(__file__).parent.parent)  # fmt: skip
     assert run.stdout == "right\n", run.stderr
+
+
+CUDA_CALLS = [
+    # op, M, N, H, D, topk, block_topk, pooled
+    ("index", 3000, 30000, 4, 64, 256, 8, False),
+    ("index", 3000, 30000, 4, 64, 256, 8, True),
+    ("index", 2000, 400000, 32, 128, 2048, 64, False),
+    ("flat_index", 4000, 200000, 32, 128, 2048, 0, False),  # [M, N] would be 3.2 GB
+    ("flat_index", 3000, 100000, 2, 64, 40000, 0, False),  # in a workspace
+]
+ROUNDING = 512  # bytes: to a multiple of this torch rounds what it hands out
+
+
+def cuda_call(call: tuple[str, int, int, int, int, int, int, bool], dtype: torch.dtype) -> Any:
+    """Return a function that makes a call of ones, and its plan."""
+    op, m, n, h, d, topk, block_topk, given = call
+    q = torch.ones(1, h, d, device="cuda").to(dtype).expand(m, h, d)
+    k = torch.ones(n, d, device="cuda").to(dtype)
+    sizes: dict[str, Any] = {"topk": topk, "return_scores": True}
+    options: dict[str, Any] = {}
+    if op == "index":
+        sizes["block_topk"] = block_topk
+        options["pooled"] = hisa.pool_keys(k) if given else None
+    weights = torch.ones(m, h, device="cuda")
+    plan = hisa.plan(m, n, h, d, dtype=dtype, device="cuda", op=op, pooled=given, **sizes)
+    return lambda: getattr(hisa, op)(q, k, weights, **options, **sizes), plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("call", CUDA_CALLS, ids=str)
+def test_peak_on_cuda_is_the_stated_formula(
+    call: tuple[str, int, int, int, int, int, int, bool], dtype: torch.dtype
+) -> None:
+    """To the byte, but for torch's rounding of five tensors: pooled keys, scales, scratch, two."""
+    run, plan = cuda_call(call, dtype)
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = run()
+    assert got[0].shape == got[1].shape
+    beyond = torch.cuda.max_memory_allocated() - before - plan.output_bytes - plan.workspace_bytes
+    assert 0 <= beyond <= 5 * ROUNDING, f"{beyond} bytes more than planned: {plan}"
+    del got
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_workspace_on_cuda_does_not_grow() -> None:
+    """500 calls of rising lengths: the peak of each is the first one's, beside the pooled keys."""
+    q, weights = torch.ones(8, 4, 64, device="cuda"), torch.ones(8, 4, device="cuda")
+    keys = torch.ones(500 * 240, 64, device="cuda")
+    before, peaks = torch.cuda.memory_allocated(), set()
+    for i in range(1, 501):
+        torch.cuda.reset_peak_memory_stats()
+        hisa.flat_index(q, keys[: i * 240], weights, topk=64)
+        peaks.add(torch.cuda.max_memory_allocated() - before)
+        assert torch.cuda.memory_allocated() == before
+    assert len(peaks) == 1, peaks
+    for i in range(1, 501):
+        torch.cuda.reset_peak_memory_stats()
+        hisa.index(q, keys[: i * 240], weights, block_topk=8, topk=64)
+        peak = torch.cuda.max_memory_allocated() - before
+        pooled = -(-i * 240 // 128) * (64 + 1) * 4
+        assert peak <= max(peaks) + pooled + 2 * ROUNDING, i
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.seconds(600)
+def test_no_growth_over_many_calls_on_cuda() -> None:
+    """100,000 calls of each op leave the device's memory as it was, freed and reserved."""
+    case = random_case(0, torch.bfloat16, M=3, N=300, H=4, D=64).to("cuda")
+
+    def burst(calls: int) -> tuple[int, int]:
+        for i in range(calls):
+            k = case.k[: 1 + i % 300]
+            hisa.index(case.q, k, case.weights, block_size=8, block_topk=3, topk=16)
+            hisa.flat_index(case.q, k, case.weights, topk=16)
+            hisa.pool_keys(k, block_size=8)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    before = burst(1000)
+    assert burst(100_000) == before
+
+
+@pytest.mark.gpu
+def test_out_of_memory_on_cuda() -> None:
+    """A call whose output, or workspace, does not fit raises; what follows is right."""
+    case = random_case(0, torch.bfloat16, M=3, N=3000, H=4, D=64, topk=16).to("cuda")
+    want = hisa.flat_index(case.q, case.k, case.weights, topk=16)
+    before = torch.cuda.memory_allocated()
+    many = case.q[:1].expand(2**20, 4, 64)
+    weights = case.weights[:1].expand(2**20, 4)
+    with pytest.raises(torch.OutOfMemoryError):  # 4 TiB
+        hisa.flat_index(many, case.k, weights, topk=2**20)
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(hisa.flat_index(case.q, case.k, case.weights, topk=16), want)

@@ -1,15 +1,39 @@
-"""Fixtures of the Hugging Face tests."""
+"""Fixtures of the Hugging Face tests.
+
+Tests run on the CPU. On a GPU too, in modules that say `ON_CUDA = True`, or that name tests in it:
+there, what a test makes without naming a device is made on the GPU.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import marks_of
+from tests.families import available
 from tests.hf.models import GENERATING, KINDS, indexers, shared_model
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Have the tests of ON_CUDA run on every device that there is."""
+    on_cuda = getattr(metafunc.module, "ON_CUDA", False)
+    wanted = on_cuda if isinstance(on_cuda, bool) else metafunc.function.__name__ in on_cuda
+    devices = dict.fromkeys(family.device for family in available())
+    if wanted and len(devices) > 1:
+        parameters = [pytest.param(d, marks=marks_of(d)) for d in devices]
+        metafunc.parametrize("_default_device", parameters, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where tensors are made."""
+    with torch.device(request.param) if hasattr(request, "param") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -110,13 +110,13 @@ def python_module(kind: str) -> Any:
 
 
 def build(kind: str, attention: str = "eager", **changes: Any) -> Any:
-    """Build a small causal language model with random weights, the same ones every time."""
+    """Build a small causal language model with random weights, the same ones on any device."""
     prefix, special = KINDS[kind]
     modelling = python_module(kind)
     configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
     config = getattr(configuration, f"{prefix}Config")(**{**COMMON, **special, **changes})
     config._attn_implementation = attention
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):
         torch.manual_seed(7)
         names = (f"{prefix.removesuffix('Text')}ForCausalLM", f"{prefix}Model")
         name = next(name for name in names if hasattr(modelling, name))
@@ -124,12 +124,21 @@ def build(kind: str, attention: str = "eager", **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.4)
-    return model
+    return here(model)
+
+
+def here(made: Any) -> Any:
+    """Bring a tensor or a module to where the test runs."""
+    return made.to(torch.get_default_device())
+
+
+def shared_model(kind: str, attention: str = "eager") -> Any:
+    """Return a model that tests share; they leave it as they found it."""
+    return _shared_model(kind, attention, torch.get_default_device())
 
 
 @functools.cache
-def shared_model(kind: str, attention: str = "eager") -> Any:
-    """Return a model that tests share; they leave it as they found it."""
+def _shared_model(kind: str, attention: str, device: torch.device) -> Any:
     return build(kind, attention)
 
 
@@ -141,7 +150,8 @@ def indexers(model: nn.Module) -> list[Any]:
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Random tokens, none of them padding."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (batch, length), generator=generator)
+    made: Tensor = here(torch.randint(2, VOCAB, (batch, length), generator=generator, device="cpu"))
+    return made
 
 
 def cached(model: nn.Module, past: Any) -> dict[str, Any]:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import hisa
-from tests.hf.models import COVERING, TOPK, build, indexers
+from tests.hf.models import COVERING, TOPK, build, here, indexers
 
+ON_CUDA = True
 CASES = 40  # of each model and dtype, so that all together are more than 1,000 rows x 100
 
 
 def random_windows(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Causal windows behind up to half a row of left padding."""
-    pad = torch.randint(0, length // 2, (batch, 1), generator=generator)
+    pad = here(torch.randint(0, length // 2, (batch, 1), generator=generator, device="cpu"))
     position = torch.arange(length).expand(batch, -1)
     return pad.expand(-1, length), position + 1
 
@@ -37,12 +38,16 @@ def test_same_selection(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monke
         result: Tensor = index(q, k, weights, **options)
         return result
 
+    def random(*shape: int) -> Tensor:
+        made: Tensor = here(torch.randn(shape, generator=generator, device="cpu"))
+        return made
+
     monkeypatch.setattr(hisa, "index", spy)
     for case in range(CASES):
         batch, length = 1 + case % 3, 20 + 5 * (case % 13)
-        states = torch.randn(batch, length, 32, generator=generator).to(dtype)
-        resid = torch.randn(batch, length, 16, generator=generator).to(dtype)
-        angle = torch.randn(1, length, 4, generator=generator).repeat(1, 1, 2)
+        states = random(batch, length, 32).to(dtype)
+        resid = random(batch, length, 16).to(dtype)
+        angle = random(1, length, 4).repeat(1, 1, 2)
         turn = (angle.cos().to(dtype), angle.sin().to(dtype))
         ks, ke = random_windows(batch, length, generator)
         columns = torch.arange(length)

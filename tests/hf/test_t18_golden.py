@@ -1,6 +1,8 @@
 """T18: with a budget that covers everything, a patched model gives exactly what it gave before.
 
-The selections are then the same sets, so all that follows is the same to the bit.
+The selections are then the same sets, so all that follows is the same to the bit. On a GPU, torch's
+own sums may come in any order, so that there a tolerance is left: far below what one wrong token of
+the 16 makes in these models, which is checked as well.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from torch import Tensor
 import hisa
 from tests.hf.models import (
     COVERING,
+    PRUNING,
     VARIANTS,
     build,
     cached,
+    here,
     indexers,
     own_result,
     shared_model,
@@ -27,6 +31,7 @@ from tests.hf.models import (
 
 transformers: Any = pytest.importorskip("transformers")
 
+ON_CUDA = True
 LENGTH = 57
 PADDING: dict[str, Callable[[int], Tensor]] = {
     "none": lambda length: torch.ones(3, length, dtype=torch.long),
@@ -48,7 +53,26 @@ def assert_same(model: Any, run: Callable[[int], Any]) -> None:
         patched = run(seed)
         layers = [layer for layer in handle.status().layers if layer.state == "patched"]
     assert layers and all(layer.rows and not layer.fallbacks for layer in layers)
-    torch.testing.assert_close(patched, own, rtol=0, atol=0)
+    tolerance = 1e-4 if own.is_cuda else 0
+    if own.dtype in (torch.bfloat16, torch.float16):
+        tolerance *= 100
+    torch.testing.assert_close(patched, own, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_prefill_on_tensor_cores(kind: str) -> None:
+    """In bf16, where other kernels run; and the control, that pruning is no match."""
+    model = build(kind).to(torch.bfloat16)
+    mask = PADDING["left"](LENGTH)
+
+    def run(seed: int) -> Tensor:
+        return hidden(model, tokens(3, LENGTH, seed), attention_mask=mask)[mask.bool()]
+
+    assert_same(model, run)
+    own = run(0)
+    with hisa.patch(model, **PRUNING):
+        different = (run(0) - own).abs().max() / own.abs().max()
+    assert different > 0.1
 
 
 @pytest.mark.parametrize(("kind", "attention"), VARIANTS)
@@ -70,6 +94,7 @@ def test_few_rows_at_a_time(model: Any, rows: int, monkeypatch: pytest.MonkeyPat
     mask = PADDING["left"](LENGTH)
     row_bytes = 3 * 16 * 16 * 4  # batch, heads, channels, fp32
     monkeypatch.setattr("hisa.hf.indexer.CHUNK_BYTES", rows * row_bytes)
+    monkeypatch.setattr("hisa.hf.indexer.CUDA_CHUNK_BYTES", rows * row_bytes)
 
     def run(seed: int) -> Tensor:
         return hidden(model, tokens(3, LENGTH, seed), attention_mask=mask)[mask.bool()]
@@ -117,7 +142,7 @@ def test_chunked_prefill_and_decode(model: Any, cache: str, padding: str) -> Non
 GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {},
     "no cache": {"use_cache": False},
-    "static cache": {"cache_implementation": "static"},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
     "beam search": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 0.7},
     "sampled beams": {"do_sample": True, "num_beams": 2},
@@ -147,9 +172,8 @@ def test_assisted_decoding(generator: Any) -> None:
     """A draft model proposes tokens, most are rejected, and both caches are cropped."""
     assistant = build(generator.config.model_type.removesuffix("_text"))
     for parameter in assistant.parameters():
-        parameter.add_(
-            0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        )
+        generated = torch.Generator().manual_seed(1)
+        parameter.add_(0.03 * here(torch.randn(parameter.shape, generator=generated, device="cpu")))
 
     def run(seed: int) -> Tensor:
         result: Tensor = generator.generate(
@@ -199,7 +223,7 @@ def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype, autocast:
 
     def keys() -> Tensor:
         past: Any = transformers.DynamicCache(config=model.config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             hidden(model, tokens(2, 40), **cached(model, past))
         kept: Tensor = past.layers[0].indexer_keys
         return kept

@@ -22,7 +22,21 @@ from tests.hf.models import COVERING, PRUNING, build, indexers, tokens
 
 transformers: Any = pytest.importorskip("transformers")
 
-IDS = tokens(1, 60)
+# Those that do not deal in files, hooks or compilation.
+ON_CUDA = {
+    "test_context_manager_restores",
+    "test_a_hundred_times",
+    "test_patching_again_replaces_the_settings",
+    "test_a_part_of_a_model",
+    "test_a_copy_is_unpatched_and_independent",
+    "test_a_patched_model_is_freed_at_once",
+    "test_threads",
+    "test_patching_while_the_model_runs",
+}
+
+
+def ids() -> Tensor:
+    return tokens(1, 60)
 
 
 def is_original(model: nn.Module) -> bool:
@@ -31,14 +45,14 @@ def is_original(model: nn.Module) -> bool:
 
 @pytest.fixture
 def own(deepseek: Any) -> Tensor:
-    logits: Tensor = deepseek(IDS).logits
+    logits: Tensor = deepseek(ids()).logits
     return logits
 
 
 @pytest.fixture
 def pruned(deepseek: Any, own: Tensor) -> Tensor:
     with hisa.patch(deepseek, **PRUNING):
-        logits: Tensor = deepseek(IDS).logits
+        logits: Tensor = deepseek(ids()).logits
     assert not torch.equal(logits, own), "the budget must make a difference for these tests"
     return logits
 
@@ -49,7 +63,7 @@ def test_context_manager_restores(deepseek: Any, own: Tensor, pruned: Tensor) ->
     with pytest.raises(IndexError), handle:
         deepseek(torch.tensor([[-999]]))
     assert [dict(vars(module)) for module in deepseek.modules()] == before
-    assert torch.equal(deepseek(IDS).logits, own)
+    assert torch.equal(deepseek(ids()).logits, own)
     handle.remove()
     assert is_original(deepseek)
 
@@ -59,19 +73,19 @@ def test_a_hundred_times(deepseek: Any, own: Tensor, pruned: Tensor) -> None:
         hisa.patch(deepseek, **PRUNING).remove()
         assert is_original(deepseek)
     handles = [hisa.patch(deepseek, **PRUNING) for _ in range(100)]
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     for handle in handles:
         handle.remove()
-    assert is_original(deepseek) and torch.equal(deepseek(IDS).logits, own)
+    assert is_original(deepseek) and torch.equal(deepseek(ids()).logits, own)
 
 
 def test_patching_again_replaces_the_settings(deepseek: Any, own: Tensor, pruned: Tensor) -> None:
     first = hisa.patch(deepseek, **PRUNING)
     with hisa.patch(deepseek, **COVERING) as second:
-        assert torch.equal(deepseek(IDS).logits, own)
+        assert torch.equal(deepseek(ids()).logits, own)
         first.remove()  # no longer owns anything
-        assert torch.equal(deepseek(IDS).logits, own)
-        deepseek(IDS)
+        assert torch.equal(deepseek(ids()).logits, own)
+        deepseek(ids())
         assert {layer.calls for layer in second.status().layers} == {3}
         assert {layer.state for layer in first.status().layers} == {"removed"}
     assert is_original(deepseek)
@@ -81,7 +95,7 @@ def test_a_part_of_a_model(deepseek: Any) -> None:
     layer = deepseek.model.layers[1]
     bare = indexers(deepseek)[2]
     with hisa.patch(layer, **PRUNING) as one, hisa.patch(bare, **PRUNING) as other:
-        deepseek(IDS)
+        deepseek(ids())
         assert [(s.name, s.calls) for s in one.status().layers] == [("self_attn.indexer", 1)]
         assert [(s.name, s.calls) for s in other.status().layers] == [("", 1)]
         assert "forward" not in vars(indexers(deepseek)[0])
@@ -101,7 +115,7 @@ def test_shallow_copies(deepseek: Any) -> None:
     with hisa.patch(first, **PRUNING) as original:
         twin = copy.copy(first)
         with hisa.patch(twin, **PRUNING) as other:
-            deepseek(IDS)
+            deepseek(ids())
             assert [layer.state for layer in original.status().layers] == ["patched"]
             assert [layer.calls for layer in other.status().layers] == [0]
         assert "forward" not in vars(twin)
@@ -115,7 +129,7 @@ def test_a_wrapped_indexer(deepseek: Any, pruned: Tensor) -> None:
         layer.self_attn.indexer = nn.Sequential(layer.self_attn.indexer)
         layer.self_attn.indexer.forward = layer.self_attn.indexer[0].__call__
     with hisa.patch(model, **PRUNING) as handle:
-        assert torch.equal(model(IDS).logits, pruned)
+        assert torch.equal(model(ids()).logits, pruned)
         assert {layer.name.rpartition(".")[2] for layer in handle.status().layers} == {"0"}
 
 
@@ -150,10 +164,10 @@ def test_wrapped_after_the_patch(
     handle = hisa.patch(deepseek, **PRUNING)
     inner = module.forward
     module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     handle.remove()
     assert "wrapped after hisa.patch" in caplog.text
-    assert torch.equal(deepseek(IDS).logits, own)
+    assert torch.equal(deepseek(ids()).logits, own)
     del module.forward
 
 
@@ -170,10 +184,10 @@ def test_accelerate_hooks(deepseek: Any, own: Tensor, pruned: Tensor, order: str
     handle = hisa.patch(deepseek, **PRUNING)
     if order == "patch first":
         hook_all()
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     assert all(hook.before == hook.after == 1 for hook in hooks)
     handle.remove()
-    assert torch.equal(deepseek(IDS).logits, own)
+    assert torch.equal(deepseek(ids()).logits, own)
     assert all(hook.before == hook.after == 2 for hook in hooks)
     for module in indexers(deepseek):
         assert module._old_forward.__func__ is type(module).forward
@@ -195,9 +209,9 @@ def test_a_copy_of_a_hooked_model_is_unpatched(own: Tensor, pruned: Tensor, orde
     twin = copy.deepcopy(model)
     for module in indexers(twin):
         assert module._old_forward.__self__ is module
-    assert torch.equal(twin(IDS).logits, own)
+    assert torch.equal(twin(ids()).logits, own)
     assert [module._hf_hook.before for module in indexers(model)] == [0, 0, 0]
-    assert torch.equal(model(IDS).logits, pruned)
+    assert torch.equal(model(ids()).logits, pruned)
 
 
 def test_hooks_come_and_go_around_a_patch(deepseek: Any, own: Tensor, pruned: Tensor) -> None:
@@ -207,14 +221,14 @@ def test_hooks_come_and_go_around_a_patch(deepseek: Any, own: Tensor, pruned: Te
     for module in indexers(deepseek):
         remove_hook(module)
     handle = hisa.patch(deepseek, **PRUNING)
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     for module in indexers(deepseek):
         add_hook(module, CountingHook())
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     for module in indexers(deepseek):
         remove_hook(module)
     handle.remove()
-    assert torch.equal(deepseek(IDS).logits, own)
+    assert torch.equal(deepseek(ids()).logits, own)
     for module in indexers(deepseek):
         del module.forward
 
@@ -224,8 +238,8 @@ def test_with_accelerate_itself(deepseek: Any, own: Tensor, pruned: Tensor) -> N
     model = build("deepseek_v32", "sdpa")
     accelerate.cpu_offload(model, execution_device="cpu")
     with hisa.patch(model, **PRUNING):
-        assert torch.equal(model(IDS).logits, pruned)
-    assert torch.equal(model(IDS).logits, own)
+        assert torch.equal(model(ids()).logits, pruned)
+    assert torch.equal(model(ids()).logits, own)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -247,14 +261,14 @@ def test_a_copy_is_unpatched_and_independent(
     with hisa.patch(deepseek, **PRUNING) as handle:
         twin = duplicate(duplicate(deepseek))
         calls = [layer.calls for layer in handle.status().layers]
-        assert torch.equal(twin(IDS).logits, own)
+        assert torch.equal(twin(ids()).logits, own)
         assert [layer.calls for layer in handle.status().layers] == calls
         twin.model.layers[0].self_attn.indexer.wk.weight.zero_()
-        assert torch.equal(deepseek(IDS).logits, pruned)
+        assert torch.equal(deepseek(ids()).logits, pruned)
         for module in indexers(twin):
             assert module.forward.__self__ is module
     with hisa.patch(twin, **PRUNING):
-        twin(IDS)
+        twin(ids())
     assert all(module.forward.__self__ is module for module in indexers(twin))
 
 
@@ -272,7 +286,7 @@ def test_stored_weights_are_the_models_own(deepseek: Any, tmp_path: Path) -> Non
 def test_a_patched_model_is_freed_at_once() -> None:
     model = build("deepseek_v32")
     handle = hisa.patch(model, **PRUNING)
-    model(IDS)
+    model(ids())
     parts = [weakref.ref(module) for module in indexers(model)]
     gc.collect()
     gc.disable()
@@ -288,7 +302,7 @@ def test_a_patched_model_is_freed_at_once() -> None:
 def test_a_dropped_handle_leaves_the_patch(deepseek: Any, pruned: Tensor) -> None:
     hisa.patch(deepseek, **PRUNING)
     gc.collect()
-    assert torch.equal(deepseek(IDS).logits, pruned)
+    assert torch.equal(deepseek(ids()).logits, pruned)
     hisa.patch(deepseek, **PRUNING).remove()
 
 
@@ -296,7 +310,7 @@ def test_threads(deepseek: Any) -> None:
     """Each thread has its own mask; counters add up; a patch may come and go meanwhile."""
     inputs = [tokens(1, 45 + n, n) for n in range(4)]
     with hisa.patch(deepseek, **PRUNING):
-        expected = [deepseek(ids).logits for ids in inputs]
+        expected = [deepseek(given).logits for given in inputs]
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -321,12 +335,13 @@ def test_threads(deepseek: Any) -> None:
 def test_patching_while_the_model_runs(deepseek: Any) -> None:
     stop = threading.Event()
     errors: list[BaseException] = []
+    given = ids()
 
     def work() -> None:
         try:
             while not stop.is_set():
                 with torch.no_grad():
-                    deepseek(IDS)
+                    deepseek(given)
         except BaseException as error:
             errors.append(error)
 
@@ -343,14 +358,14 @@ def test_patching_while_the_model_runs(deepseek: Any) -> None:
 def test_compiled_model() -> None:
     """A patched model compiles with a graph break; a compiled model can be patched and restored."""
     model = build("deepseek_v32", "sdpa", num_hidden_layers=1, mlp_layer_types=["dense"]).model
-    own = model(IDS).last_hidden_state
+    own = model(ids()).last_hidden_state
     with hisa.patch(model, **PRUNING):
-        pruned = model(IDS).last_hidden_state
+        pruned = model(ids()).last_hidden_state
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, backend="eager")
-    torch.testing.assert_close(compiled(IDS).last_hidden_state, own)
+    torch.testing.assert_close(compiled(ids()).last_hidden_state, own)
     with hisa.patch(model, **PRUNING) as handle:
-        torch.testing.assert_close(compiled(IDS).last_hidden_state, pruned)
+        torch.testing.assert_close(compiled(ids()).last_hidden_state, pruned)
         assert [layer.calls for layer in handle.status().layers] == [1]
-    torch.testing.assert_close(compiled(IDS).last_hidden_state, own)
+    torch.testing.assert_close(compiled(ids()).last_hidden_state, own)
     torch._dynamo.reset()

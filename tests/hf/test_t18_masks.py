@@ -18,6 +18,8 @@ from tests.hf.models import PRUNING, cached, tokens
 
 transformers: Any = pytest.importorskip("transformers")
 
+ON_CUDA = True
+
 
 def windows_of(mask: Tensor) -> Windows:
     found = scan(mask, mask.shape[0], mask.shape[1])

@@ -17,6 +17,7 @@ import hisa.hf.indexer as under_test
 from hisa.quantize import rotate_hadamard
 from tests.hf.models import PRUNING, tokens
 
+ON_CUDA = True
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"power_of_two": True},

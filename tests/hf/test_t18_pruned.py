@@ -19,9 +19,10 @@ from hisa.hf.indexer import complete, select
 from hisa.hf.masks import Windows, scan
 from hisa.hf.models import SPECS
 from hisa.hf.settings import Settings
-from tests.hf.models import PRUNING, TOPK, indexers, tokens
+from tests.hf.models import PRUNING, TOPK, here, indexers, tokens
 from tests.hf.test_t18_golden import LENGTH, PADDING, hidden
 
+ON_CUDA = True
 HEADS, CHANNELS = 4, 16
 SETTINGS = Settings(block_size=8, block_topk=3, topk=12)
 
@@ -49,8 +50,11 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_input(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(batch, length, CHANNELS + HEADS, generator=generator)
-    return states, torch.randn(batch, length, HEADS * CHANNELS, generator=generator)
+    states, queries = (
+        torch.randn(batch, length, width, generator=generator, device="cpu")
+        for width in (CHANNELS + HEADS, HEADS * CHANNELS)
+    )
+    return here(states), here(queries)
 
 
 def choose(states: Tensor, q: Tensor, mask: Tensor, past: Cache | None = None) -> Tensor:
@@ -75,7 +79,8 @@ def inside(row: Tensor, start: int, end: int) -> list[int]:
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_chunks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One-shot prefill, prefill in pieces and token-by-token decode agree to the bit."""
-    monkeypatch.setattr(under_test, "CHUNK_BYTES", rows * 2 * HEADS * CHANNELS * 4)
+    for name in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
+        monkeypatch.setattr(under_test, name, rows * 2 * HEADS * CHANNELS * 4)
     states, q = random_input(2, 90)
     whole = choose(states, q, causal(2, 90))
     for edges in ([0, 50, 51, 90], [0, 33, 90], list(range(91))):
@@ -134,6 +139,12 @@ def test_key_in_an_earlier_chunk_is_found() -> None:
     assert 60 in last[0, -1].tolist()
 
 
+def on_cpu(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(on_cpu(part) for part in value)
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
 @pytest.mark.parametrize("padding", PADDING)
 def test_model_output_contract(model: Any, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is distinct positions of the T keys, and the used ones lie in kept blocks."""
@@ -163,7 +174,13 @@ def test_model_output_contract(model: Any, padding: str, monkeypatch: pytest.Mon
         assert selected.shape == (3, LENGTH, TOPK) and selected.dtype == torch.int32
         assert selected.min() >= 0 and selected.max() < LENGTH
         assert (selected.sort(-1).values.diff(dim=-1) > 0).all(), "a position twice"
-        reference = hisa.reference.index(q, k, weights, **options)
+        if q.is_cuda:  # whose fp32 is that of the CPU, which has a test of its own (T25)
+            q, k, weights = q.cpu(), k.cpu(), weights.cpu()
+            options = {name: on_cpu(value) for name, value in options.items()}
+            reference = index(q, k, weights, **options)
+        else:
+            reference = hisa.reference.index(q, k, weights, **options)
+        selected = selected.cpu()
         assert isinstance(reference, Tensor)
         for row in range(3 * LENGTH):
             start, end = (int(options[side][row]) for side in ("ks", "ke"))
@@ -215,7 +232,8 @@ def test_complete_exhaustively() -> None:
 
 def test_autocast(deepseek: Any) -> None:
     """Norms give fp32 there and projections bf16: q and k are brought to one dtype."""
-    with hisa.patch(deepseek, **PRUNING) as handle, torch.autocast("cpu", dtype=torch.bfloat16):
+    device = deepseek.device.type
+    with hisa.patch(deepseek, **PRUNING) as handle, torch.autocast(device, dtype=torch.bfloat16):
         assert deepseek(tokens(2, 60)).logits.isfinite().all()
         assert all(layer.pruned_rows and not layer.fallbacks for layer in handle.status().layers)
 

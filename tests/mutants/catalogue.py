@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     times: int = 1  # how often `old` occurs; all are replaced
+    tests: tuple[str, ...] = ()  # what pytest is given instead of the usual tests
 
 
 MUTANTS = [
@@ -124,6 +125,88 @@ MUTANTS = [
            '"[N]", ScalarType::Float, {-1}'),
     Mutant("topk above the budget accepted", "checks.cpp", "(topk - 1) / block_size < block_topk",
            "(topk - 1) / block_size <= block_topk"),
+]  # fmt: skip
+
+
+# Built and tested with `--cuda`, on a GPU.
+CUDA_MUTANTS = [
+    # pool
+    Mutant("pool: scale of the first token", "cuda/pool.cu",
+           "keys.scale[start + i]", "keys.scale[start]"),
+    Mutant("pool: blocks straddle segments", "cuda/pool.cu",
+           "start + params.block_size <= segment.end", "start + params.block_size <= keys.count"),
+    Mutant("pool: maximum drops NaN", "cuda/pool.cu", "b > a || b != b ? b : a", "b > a ? b : a"),
+    Mutant("pool: zero block divides by zero", "cuda/pool.cu",
+           "scale < kMinScale ? kMinScale : scale", "scale"),
+    Mutant("pool: no barrier before the maximum", "cuda/pool.cu",
+           "= amax;\n  __syncthreads();", "= amax;"),
+    # coarse
+    Mutant("coarse: slot rounds down", "cuda/coarse.cuh",
+           "(row.origin + size - 1) / size", "row.origin / size"),
+    Mutant("coarse: second block no candidate", "cuda/coarse.cuh",
+           "slot + first + 1, last - first - 1)", "slot + first + 2, last - first - 2)"),
+    Mutant("coarse: one block too many", "cuda/coarse.cuh",
+           "params.block_topk - 2)", "params.block_topk - 1)"),
+    Mutant("coarse: blocks from token 0", "cuda/coarse.cuh",
+           "static_cast<int32_t>(row.origin);", "0;"),
+    # refine
+    Mutant("refine: first block not cut", "cuda/refine.cuh",
+           "static_cast<uint32_t>(row.start - blocks[0]);", "0;"),
+    Mutant("refine: last block not cut", "cuda/refine.cuh",
+           "row.end - blocks[kept - 1]) - source.first",
+           "(1 << params.block_shift)) - source.first"),
+    Mutant("refine: outputs of 32-bit offsets", "cuda/refine.cuh",
+           "output.indices + m * output.topk",
+           "output.indices + static_cast<int32_t>(m * output.topk)",
+           tests=("-m", "long", "tests/test_t12_large.py", "-k", "output_beyond", "--families",
+                  "cuda")),
+    # scores
+    Mutant("scores ignore k_scale", "cuda/source.cuh", ".scale = keys.scale,", ".scale = nullptr,"),
+    Mutant("keys of a block mixed up", "cuda/source.cuh",
+           "((1U << block_shift) - 1)", "((1U << block_shift) - 2)"),
+    Mutant("heads behind the last not zeroed", "cuda/rows.cuh", "h < queries.heads ?", "true ?"),
+    Mutant("a kernel for more channels", "cuda/variants.h",
+           "padded ? d <= dim : d == dim", "d <= dim"),
+    Mutant("strides of weights are not used", "entry.h",
+           "weights.stride(0)}", "weights.size(1)}"),
+    Mutant("alignment is not looked at", "entry.h",
+           "tensor.const_data_ptr()) % step == 0", "tensor.const_data_ptr()) >= 0"),
+    # select
+    Mutant("select: all ties of a warp pass", "cuda/select.cuh",
+           "ties + __popc(is_equal[j] & earlier) < bar.ties", "ties < bar.ties"),
+    Mutant("select: ties of a slab forgotten", "cuda/select.cuh", "equal += total.y;", ""),
+    Mutant("select: the tail counts twice", "cuda/select.cuh",
+           "const bool real = first + j * 32 < n;", "const bool real = first + j * 32 <= n;"),
+    Mutant("select: no barrier before sums", "cuda/select.cuh",
+           "memory.sums[parity][warp] = mine;\n  __syncthreads();",
+           "memory.sums[parity][warp] = mine;"),
+    Mutant("select: no barrier behind the bin", "cuda/select.cuh",
+           "      before += counts[i];\n    }\n  }\n  __syncthreads();",
+           "      before += counts[i];\n    }\n  }"),
+    Mutant("select: histogram is not cleared", "cuda/select.cuh",
+           "    bins[i] = uint4{0, 0, 0, 0};\n", ""),
+    Mutant("select: digits of all keys counted", "cuda/select.cuh",
+           "if (kFirst || key >> (low + width) == prefix)", "if (kFirst || low >= 0)"),
+    Mutant("select: NaN wins", "cuda/select.cuh",
+           "score != score ? -INFINITY : score + 0.0F", "score + 0.0F"),
+    Mutant("select: NaN is worse than -inf", "cuda/memory.cuh",
+           "candidate == score || (score == -INFINITY && !(candidate > score))",
+           "candidate == score"),
+    Mutant("select: -0.0 ranks below 0.0", "cuda/select.cuh",
+           "-INFINITY : score + 0.0F", "-INFINITY : score"),
+    Mutant("select: the buffer overflows", "cuda/select.cuh",
+           "size + n > region.capacity", "size + n > 2 * region.capacity"),
+    Mutant("select: a full buffer drops a chunk", "cuda/select.cuh",
+           "if (size + n > region.capacity) {", "if (size + n > region.capacity) return;\n  {"),
+    Mutant("select: positions within the chunk", "cuda/select.cuh",
+           "source.value(begin + i)", "source.value(i)"),
+    # launch
+    Mutant("launch: room for topk alone", "cuda/launch.cpp",
+           "std::max(std::min(shape.topk, tokens), geometry.kept)", "std::min(shape.topk, tokens)"),
+    Mutant("launch: the workspace of one block", "cuda/launch.cpp",
+           "geometry.grid * row;", "row;"),
+    Mutant("launch: on the default stream", "cuda/api.cpp",
+           "getCurrentCUDAStream()", "getDefaultCUDAStream()"),
 ]  # fmt: skip
 
 
