@@ -23,8 +23,8 @@ from tests.numeric import DTYPES, F32, short_name
 
 # Around the buffer and bin sizes that broke others: 4096, 16384, 65536.
 LENGTHS = (1, 100, 2047, 2048, 2049, 4096, 16449, 65536)
-# Keys and topk of each way in which csrc/cuda/launch.cpp lays out a row: at once, in a chunk or in a
-# whole region; in chunks, shorter and shorter ones as topk grows; in the workspace.
+# Keys and topk of each way in which csrc/cuda/launch.cpp lays out a row: at once, in a chunk or in
+# a whole region; in chunks, shorter and shorter ones as topk grows; in the workspace.
 CUDA_LAYOUTS = (
     (4000, 700), (18000, 2048), (31000, 2048), (41000, 9000), (61000, 16500), (61000, 25000),
     (71000, 33000),

@@ -24,7 +24,6 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNKNOWN = {torch.float16: 0xFBFE, torch.bfloat16: 0xC77F, torch.float32: 0xC77FDFFF,
            torch.float64: 0xC0EFFBFFFFFFFFFF}  # fmt: skip
 DTYPES = (torch.bool, *UNKNOWN)
-on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -140,7 +139,6 @@ def fuzzed(seed: int, dtype: torch.dtype) -> Tensor:
     return mask
 
 
-@on_devices
 @with_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fuzz(device: str, dtype: torch.dtype, layout: str) -> None:
@@ -150,7 +148,6 @@ def test_fuzz(device: str, dtype: torch.dtype, layout: str) -> None:
         assert_right(LAYOUTS[layout](mask), mask)
 
 
-@on_devices
 @with_dtypes
 @pytest.mark.parametrize("offset", [0, 1, 7])
 def test_every_key_counts(device: str, dtype: torch.dtype, offset: int) -> None:
@@ -170,7 +167,6 @@ def test_every_key_counts(device: str, dtype: torch.dtype, offset: int) -> None:
             assert mask_windows(mask)[2].tolist() == [1, 0, 0, 0]
 
 
-@on_devices
 @with_dtypes
 def test_what_each_value_means(device: str, dtype: torch.dtype) -> None:
     """One value at a time, alone and throughout a row."""
@@ -187,7 +183,6 @@ def test_what_each_value_means(device: str, dtype: torch.dtype) -> None:
                 assert_right(mask)
 
 
-@on_devices
 @with_dtypes
 def test_expanded(device: str, dtype: torch.dtype) -> None:
     """Any dimension may have a stride of 0."""
@@ -202,14 +197,12 @@ def test_expanded(device: str, dtype: torch.dtype) -> None:
         assert_right(mask[:1, :1, :1].expand(2, 3, 4))
 
 
-@on_devices
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0), (0, 0, 0), (1, 1, 1)])
 def test_empty(device: str, shape: tuple[int, int, int]) -> None:
     """No entries, no rows or no keys."""
     assert_right(torch.zeros(shape, dtype=torch.bool, device=device))
 
 
-@on_devices
 @pytest.mark.parametrize(("entries", "rows"), [(1, 70001), (70001, 1), (300, 301)])
 def test_many_rows(device: str, entries: int, rows: int) -> None:
     """More rows, and more entries, than one dimension of a grid may have."""
@@ -221,7 +214,6 @@ def test_many_rows(device: str, entries: int, rows: int) -> None:
     assert summary.tolist() == [0, 0, 4, 1]
 
 
-@on_devices
 @with_dtypes
 @pytest.mark.parametrize(("rows", "keys"), [(3, 200003), (1100, 9001)])
 def test_long_rows(device: str, dtype: torch.dtype, rows: int, keys: int) -> None:
@@ -242,7 +234,6 @@ def test_long_rows(device: str, dtype: torch.dtype, rows: int, keys: int) -> Non
         assert mask_windows(mask)[2][:2].tolist() == [1, 1]
 
 
-@on_devices
 def test_far_apart(device: str) -> None:
     """Distances that do not fit in 32 bits. Memory that is not touched costs nothing on the CPU."""
     memory = torch.empty(2**31 + 64, dtype=torch.bool, device=device)
@@ -313,15 +304,15 @@ def test_memory() -> None:
     assert torch.cuda.max_memory_allocated() - before <= 2 * (2 * 5000 * 4) + 4096
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_bad_masks(device: str) -> None:
+@pytest.mark.parametrize("where", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bad_masks(where: str) -> None:
     """Wrong dtypes and shapes are named."""
     for dtype in (torch.int32, torch.uint8, torch.float8_e4m3fn, torch.complex64):
         with pytest.raises(TypeError, match=r"mask: expected .*bool.* got"):
-            mask_windows(torch.empty(1, 2, 3, dtype=dtype, device=device))
+            mask_windows(torch.empty(1, 2, 3, dtype=dtype, device=where))
     for shape in ((), (3,), (2, 3), (1, 1, 2, 3)):
         with pytest.raises(ValueError, match=r"mask: expected \[B, S, T\], got"):
-            mask_windows(torch.empty(shape, device=device))
+            mask_windows(torch.empty(shape, device=where))
 
 
 def test_is_not_a_tensor() -> None:
