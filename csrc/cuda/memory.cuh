@@ -11,6 +11,14 @@ namespace hisa::cuda {
 
 inline constexpr int kHistogram = 2048;  // bins: 11 bits of a score's key at a time
 
+// threadIdx.x, for code between two scorings: what follows from it is computed there, instead of
+// taking registers away from the scorer for the whole kernel.
+__device__ __forceinline__ uint32_t this_thread() {
+  uint32_t thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // Candidates with a score above `score` pass, and the first `ties` of those that equal it.
 struct Bar {
   float score = -INFINITY;
@@ -57,16 +65,22 @@ struct alignas(16) SharedMemory {
   struct {
     uint32_t bin, before, count;  // `before` candidates are in higher bins
   } found;
-  // What all threads know about the row at hand. It lies here to spare registers.
-  Region region;
+  Region region;  // of this block of threads, for every row
+  // What all threads know about row m, the one at hand. It lies here to spare registers.
   int64_t m;
   Row row;
   uint32_t kept;  // blocks
   Stage stage;
-  int32_t zero;  // the single block of adjacent keys
+  bool scored;  // whether any of its stages was: they are not where everything is selected
   uint32_t buffered;  // candidates in the buffer
   Bar bar;  // that later candidates have to pass
 };
+
+// Positions of the stage that are scored at once, from `begin` on.
+__device__ __forceinline__ uint32_t chunk_at(const SharedMemory& memory, uint32_t begin) {
+  const uint32_t size = memory.stage.source.size;
+  return memory.region.holds(memory.stage.source) ? size : min(memory.region.chunk, size - begin);
+}
 
 // Of every 16 heads, 2c, 2c + 1, 2c + 8 and 2c + 9 lie side by side: the tensor cores' layout.
 __device__ constexpr int weight_slot(int head) {

@@ -7,10 +7,10 @@
 namespace hisa::cuda {
 
 // What there is to score and to select for row m.
-__device__ inline Stage token_stage(const RowsParams& params, const int32_t* zero, int64_t m,
-                                    const Row& row, uint32_t kept, const int32_t* blocks) {
+__device__ inline Stage token_stage(const RowsParams& params, int64_t m, const Row& row,
+                                    uint32_t kept, const int32_t* blocks) {
   const Output& output = params.output;
-  Source source = adjacent(zero, params.keys, row.start, row.end - row.start);
+  Source source = adjacent(params.keys, row.start, row.end - row.start);
   if (kept > 0) {  // no block but the first and the last is cut, so positions have no gaps
     const int64_t whole = int64_t{kept - 1} << params.block_shift;
     source.blocks = blocks;

@@ -24,9 +24,9 @@ namespace hisa::cuda {
 
 // Take up row m: its heads' weights, the blocks that are kept in any case, the first stage, if any.
 __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory& memory,
-                                          int32_t* blocks, int64_t m) {
+                                          int64_t m) {
   const Queries& queries = params.queries;
-  const int h = static_cast<int>(threadIdx.x);
+  const int h = static_cast<int>(this_thread());
   static_assert(kThreads == sizeof(SharedMemory::weights) / sizeof(float), "one head per thread");
   memory.weights[weight_slot(h)] =
       h < queries.heads ? queries.weights[m * queries.weights_stride + h] : 0.0F;
@@ -38,58 +38,56 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
   const auto start = [&](int64_t number) {
     return static_cast<int32_t>(row.origin + number * size);
   };
+  int32_t* blocks = memory.region.blocks();
   const bool pruned = params.block_topk > 0 && last - first >= params.block_topk;
   const auto kept = static_cast<uint32_t>(min(params.block_topk, last - first + 1));  // flat: 0
   if (pruned) {
-    if (threadIdx.x == 0) {
+    if (this_thread() == 0) {
       blocks[0] = start(first);
       blocks[kept - 1] = start(last);
     }
   } else {
-    for (uint32_t i = threadIdx.x; i < kept; i += kThreads) blocks[i] = start(first + i);
+    for (uint32_t i = this_thread(); i < kept; i += kThreads) blocks[i] = start(first + i);
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (this_thread() == 0) {
     memory.m = m;
     memory.row = row;
     memory.kept = kept;
-    memory.zero = 0;
     memory.buffered = 0;
     memory.bar = Bar{};
-    memory.stage = row.empty() ? Stage{.last = true}
-                   : pruned && kept > 2
-                       ? coarse_stage(params, &memory.zero, row, first, last, blocks)
-                       : token_stage(params, &memory.zero, m, row, kept, blocks);
+    memory.stage = row.empty()          ? Stage{.last = true}
+                   : pruned && kept > 2 ? coarse_stage(params, row, first, last, blocks)
+                                        : token_stage(params, m, row, kept, blocks);
+    memory.scored = memory.stage.scores != nullptr || memory.stage.count < memory.stage.source.size;
   }
   __syncthreads();
 }
 
 // Write what the stage selects, and set the next one; returns whether there is one.
-__device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMemory& memory,
-                                             const Region& region, const int32_t* blocks,
-                                             int64_t m) {
-  write_best(memory, region);
+__device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMemory& memory) {
+  write_best(memory);
   const bool last = memory.stage.last;
   __syncthreads();
-  if (!last && threadIdx.x == 0) {
+  if (!last && this_thread() == 0) {
     memory.buffered = 0;
     memory.bar = Bar{};
-    memory.stage = token_stage(params, &memory.zero, m, memory.row, memory.kept, blocks);
+    memory.stage = token_stage(params, memory.m, memory.row, memory.kept, memory.region.blocks());
   }
   __syncthreads();
   return !last;
 }
 
 // Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots.
-__device__ __forceinline__ void finish_row(const RowsParams& params, const SharedMemory& memory,
-                                           bool scored, int64_t m) {
+__device__ __forceinline__ void finish_row(const RowsParams& params, const SharedMemory& memory) {
   const Output& output = params.output;
+  const int64_t m = memory.m;
   const Stage& stage = memory.stage;
   int32_t* indices = output.indices + m * output.topk;
-  if (!scored)
-    for (uint32_t i = threadIdx.x; i < stage.count; i += kThreads)
+  if (!memory.scored)
+    for (uint32_t i = this_thread(); i < stage.count; i += kThreads)
       indices[i] = stage.source.value(i);
-  for (int64_t i = stage.count + threadIdx.x; i < output.topk; i += kThreads) {
+  for (int64_t i = stage.count + this_thread(); i < output.topk; i += kThreads) {
     indices[i] = -1;
     if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
   }
@@ -104,32 +102,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   char* row = extra + params.scorer_bytes;
   if (params.workspace != nullptr)
     row = params.workspace + blockIdx.x * row_bytes(params.chunk, params.capacity, params.kept);
-  if (threadIdx.x == 0)
+  if (this_thread() == 0)
     memory.region = {.scores = reinterpret_cast<float*>(row),
                      .size = region_size(params.chunk, params.capacity),
                      .chunk = static_cast<uint32_t>(params.chunk),
                      .capacity = static_cast<uint32_t>(params.capacity)};
   __syncthreads();
-  const Region& region = memory.region;
   Scorer scorer(memory, extra, params.queries, params.keys.dim);
 
   // Rows from the last to the first: in a causal prefill the last ones take longest.
   for (int64_t m = params.queries.rows - 1 - blockIdx.x; m >= 0; m = memory.m - gridDim.x) {
-    begin_row(params, memory, region.blocks(), m);
-    const bool scored =
-        memory.stage.scores != nullptr || memory.stage.count < memory.stage.source.size;
-    for (bool more = scored; more;
-         more = finish_stage(params, memory, region, region.blocks(), memory.m)) {
-      const Source source = memory.stage.source;
-      const uint32_t chunk = region.holds(source) ? source.size : region.chunk;
-      for (uint32_t begin = 0; begin < source.size; begin += chunk) {
-        const uint32_t n = min(source.size - begin, chunk);
-        scorer.score(memory.m, source, begin, n, region.scores);
+    begin_row(params, memory, m);
+    for (bool more = memory.scored; more; more = finish_stage(params, memory)) {
+      for (uint32_t begin = 0; begin < memory.stage.source.size; begin += chunk_at(memory, begin)) {
+        scorer.score(begin);
         __syncthreads();
-        if (!region.holds(source)) add_to_buffer(memory, region, source, begin, n);
+        if (!memory.region.holds(memory.stage.source)) add_to_buffer(memory, begin);
       }
     }
-    finish_row(params, memory, scored, memory.m);
+    finish_row(params, memory);
     __syncthreads();
   }
 }

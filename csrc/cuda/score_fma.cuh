@@ -22,11 +22,11 @@ class FmaScorer {
         dim_(static_cast<int>(dim)),
         query_(reinterpret_cast<float4*>(extra)) {}
 
-  // Score keys [begin, begin + n) of the source for row m into scores [n]. All threads call it.
-  __device__ void score(int64_t m, const Source& source, uint32_t begin, uint32_t n,
-                        float* scores) {
-    m_ = m;
-    for (group_ = 0; group_ < groups(); ++group_) score_group(source, begin, n, scores);
+  // Score the stage's keys from `begin` on, a chunk, into the region. All threads call it.
+  __device__ void score(uint32_t begin) {
+    const Source source = memory_.stage.source;
+    for (group_ = 0; group_ < groups(); ++group_)
+      score_group(source, begin, chunk_at(memory_, begin), memory_.region.scores);
   }
 
  private:
@@ -59,7 +59,7 @@ class FmaScorer {
 
   __device__ void load_queries() {
     __syncthreads();  // the ones before may still be in use
-    const float* row = static_cast<const float*>(queries_.data) + m_ * queries_.row_stride +
+    const float* row = static_cast<const float*>(queries_.data) + memory_.m * queries_.row_stride +
                        group_ * kFmaHeads * queries_.head_stride;
     auto* query = reinterpret_cast<float*>(query_);
     for (int i = threadIdx.x; i < dim_ * kFmaHeads; i += kThreads) {
@@ -111,7 +111,6 @@ class FmaScorer {
   const Queries& queries_;
   int dim_;
   float4* query_;  // [dim, kFmaHeads / 4] of four heads each
-  int64_t m_ = 0;
   int group_ = 0;
 };
 

@@ -38,13 +38,6 @@ inline constexpr bool kFp8Mma = true;
 inline constexpr bool kFp8Mma = false;
 #endif
 
-// Before sm_89, the compiler needs more registers for the same, and some to widen fp8.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-inline constexpr bool kFewRegisters = true;
-#else
-inline constexpr bool kFewRegisters = false;
-#endif
-
 template <ElementType kType, Variant kVariant>
 class MmaScorer {
   static constexpr int kDim = kVariant.dim;
@@ -57,60 +50,60 @@ class MmaScorer {
   static constexpr int kSteps = kChunks * kWords / 2;  // products along the channels
 
   static constexpr Tile kTile = make_tile(kVariant, kType);
-  static constexpr int kTileKeys = kFewRegisters ? 16 : kTile.keys;
-  static constexpr int kStep = kWarps * kTileKeys;  // keys of all warps at a time
-  static constexpr int kMTiles = kTileKeys / 16;
+  static constexpr int kStep = kWarps * kTile.keys;  // keys of all warps at a time
+  static constexpr int kMTiles = kTile.keys / 16;
   static constexpr int kUnits = kVariant.heads / 16;  // of a row, unless it has more heads
-  // Units in registers; the others are read for each tile.
-  static constexpr int kHeld = kVariant.more                                        ? 0
-                               : kFewRegisters && kVariant.heads * kDim == 64 * 128 ? 3
-                                                                                    : kUnits;
+  static constexpr int kHeld = kVariant.more ? 1 : kUnits;  // in registers
+  static constexpr int kOverlapped =
+      kVariant.more ? 0 : 1;  // last units, while the next tile comes
   static constexpr int kKeys = 2 * kMTiles;  // of a tile that a lane multiplies
-  static constexpr int kScale = kKeys * kChunks * kThreads * 16;  // see Lane::chunks
+  static constexpr int kScale = kKeys * kChunks * kThreads * 16;  // in bytes, see Lane::chunks
   static_assert(kDim % (4 * kChannels) == 0 && (kMTiles == 1 || kMTiles == 2), "whole tiles");
   static_assert(kTile.keys <= kBehind, "scores that nobody wants have a place");
-  static_assert(kTile.bytes >= kThreads * (kKeys * kChunks + 1) * 16);
+  static_assert(kTile.bytes == kThreads * (kKeys * kChunks + 1) * 16);
 
  public:
   __device__ MmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory), queries_(queries), dim_(static_cast<int>(dim)), tile_(extra) {}
 
-  // Score keys [begin, begin + n) of the source for row m into scores [n], and up to kBehind behind
-  // them.
-  __device__ void score(int64_t m, const Source& source, uint32_t begin, uint32_t n,
-                        float* scores) const {
-    uint32_t tile = threadIdx.x / 32 * kTileKeys;
+  // Score the stage's keys from `begin` on, a chunk, into the region, and up to kBehind behind it.
+  __device__ void score(uint32_t begin) const {
+    const Source source = memory_.stage.source;
+    const uint32_t n = chunk_at(memory_, begin);
+    const uint32_t thread = this_thread();
+    const uint32_t tile = thread / 32 * kTile.keys;
     if (tile >= n) return;
-    const Lane lane(*this, source, m);
-    uint32_t position = begin + tile + own_key();  // of the lane's own key in the tile to fetch
-    float* out = scores + tile + own_key();
+    uint32_t tiles = (n - tile + kStep - 1) / kStep;
+    const Lane lane(*this, source, thread);
+    if (source.scale == nullptr) ptx::store_float(lane.chunks + kScale, 1.0F);
+    uint32_t position =
+        begin + tile + own_key(thread);  // of the lane's own key in the tile to fetch
+    float* out = memory_.region.scores + tile + own_key(thread);
     fetch(lane, source, position);
-    Unit held[kHeld > 0 ? kHeld : 1];
+    Unit held[kHeld];
+    if constexpr (!kVariant.more)
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) load_unit(lane, u, held[u]);
+      for (int u = 0; u < kHeld; ++u) load_unit(lane, thread, u, held[u]);
     Operands keys;
     float scale = load(lane, keys);
     fetch(lane, source, position += kStep);
 #pragma unroll 1
-    for (; tile < n; tile += kStep) {
+    for (; tiles > 0; --tiles) {
       float sums[kKeys] = {};
       Dots dots;
       const auto multiply_unit = [&](int u) {
-        if (u < kHeld) return multiply(dots, keys, held[kHeld > 0 ? u : 0]);
-        Unit unit;
-        load_unit(lane, u, unit);
-        multiply(dots, keys, unit);
+        if constexpr (kVariant.more) load_unit(lane, threadIdx.x, u, held[0]);
+        multiply(dots, keys, held[kVariant.more ? 0 : u]);
       };
-#pragma unroll(kVariant.more ? 1 : kUnits)
-      for (int u = 0; u + 1 < units(); ++u) {
+#pragma unroll(kHeld)
+      for (int u = 0; u < units() - kOverlapped; ++u) {
         multiply_unit(u);
         weigh(lane, dots, u, sums);
       }
-      multiply_unit(units() - 1);
-      // The next tile comes in while the last heads are on the tensor cores.
+      if constexpr (kOverlapped > 0) multiply_unit(kUnits - 1);
       const float own_scale = scale;
       scale = load(lane, keys);
-      weigh(lane, dots, units() - 1, sums);
+      if constexpr (kOverlapped > 0) weigh(lane, dots, kUnits - 1, sums);
       fetch(lane, source, position += kStep);
       store(sums, own_scale, out);
       out += kStep;
@@ -134,38 +127,44 @@ class MmaScorer {
     return kVariant.more ? (static_cast<int>(queries_.heads) + 15) / 16 : kUnits;
   }
 
-  __device__ static int row() { return static_cast<int>(threadIdx.x % 32 / 4); }
-  __device__ static int column() { return static_cast<int>(threadIdx.x % 4); }
+  __device__ static int row(uint32_t thread = threadIdx.x) {
+    return static_cast<int>(thread % 32 / 4);
+  }
+  __device__ static int column(uint32_t thread = threadIdx.x) {
+    return static_cast<int>(thread % 4);
+  }
 
   // Number of the lane's j-th chunk, and whether there is one in a key.
-  __device__ static int chunk(int j) { return 4 * j + column(); }
-  __device__ bool is_real(int j) const { return !kVariant.padded || chunk(j) * kChannels < dim_; }
+  __device__ static int chunk(int j, uint32_t thread = threadIdx.x) {
+    return 4 * j + column(thread);
+  }
+  __device__ bool is_real(int j, uint32_t thread = threadIdx.x) const {
+    return !kVariant.padded || chunk(j, thread) * kChannels < dim_;
+  }
 
   // The key of a tile whose score the lane stores; see store().
-  __device__ static int own_key() { return (kKeys == 4 ? column() : column() / 2) * 8 + row(); }
+  __device__ static int own_key(uint32_t thread) {
+    return (kKeys == 4 ? column(thread) : column(thread) / 2) * 8 + row(thread);
+  }
 
   // Where the lane reads and writes, for the keys of one source and the queries of one row.
   struct Lane {
     const char* keys;  // from the lane's first chunk on
-    const char* scales;  // if there are none, some address
-    uint32_t scale_bytes;  // 0 if there are none
-    float unscaled;  // 1 if there are none
     const char* query;  // of head row()
     uint32_t chunks;  // in shared memory: of the tile to come, kThreads * 16 bytes apart; the last
                       // one is the scale of the lane's own key
     uint32_t weights;  // of the first unit, 64 bytes apart
 
-    __device__ Lane(const MmaScorer& scorer, const Source& source, int64_t m)
-        : keys(source.data + (scorer.is_real(0) ? column() * 16 : 0)),
-          scales(source.scale == nullptr ? source.data
-                                         : reinterpret_cast<const char*>(source.scale)),
-          scale_bytes(source.scale == nullptr ? 0 : sizeof(float)),
-          unscaled(source.scale == nullptr ? 1.0F : 0.0F),
+    __device__ Lane(const MmaScorer& scorer, const Source& source, uint32_t thread)
+        : keys(source.data + (scorer.is_real(0, thread) ? column(thread) * 16 : 0)),
           query(static_cast<const char*>(scorer.queries_.data) +
-                (m * scorer.queries_.row_stride + row() * scorer.queries_.head_stride) * kBytes),
-          chunks(ptx::shared_address(scorer.tile_ + threadIdx.x * 16)),
-          weights(ptx::shared_address(scorer.memory_.weights + column() * 4)) {
+                (scorer.memory_.m * scorer.queries_.row_stride +
+                 row(thread) * scorer.queries_.head_stride) *
+                    kBytes),
+          chunks(ptx::shared_address(scorer.tile_ + thread * 16)),
+          weights(ptx::shared_address(scorer.memory_.weights + column(thread) * 4)) {
       asm("" : "+l"(keys));  // kept in registers, not derived anew
+      asm volatile("" : "+l"(query));  // or queries are held while a row's selection runs
     }
   };
 
@@ -183,8 +182,7 @@ class MmaScorer {
                      real);
       }
     }
-    ptx::copy_4(lane.chunks + kScale, lane.scales + own * uint64_t{lane.scale_bytes},
-                lane.scale_bytes > 0);
+    if (source.scale != nullptr) ptx::copy_4(lane.chunks + kScale, source.scale + own);
     ptx::commit_copies();
   }
 
@@ -192,17 +190,16 @@ class MmaScorer {
   __device__ static float load(const Lane& lane, Operands& keys) {
     ptx::wait_for_copies<0>();
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i)
+    for (int j = 0; j < kChunks; ++j)
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
+      for (int i = 0; i < kKeys; ++i) {
         uint32_t words[kWords];
         to_operands(ptx::load_16(lane.chunks + (i * kChunks + j) * kThreads * 16), words);
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
           keys.of[i / 2][(j * kWords + w) / 2][i % 2 + w % 2 * 2] = words[w];
       }
-    const float scale = ptx::load_float(lane.chunks + kScale);
-    return scale + lane.unscaled;
+    return ptx::load_float(lane.chunks + kScale);
   }
 
   __device__ static void to_operands(const uint4& chunk, uint32_t (&words)[kWords]) {
@@ -233,17 +230,17 @@ class MmaScorer {
   }
 
   // The heads of unit u, zeros behind the last.
-  __device__ void load_unit(const Lane& lane, int u, Unit& unit) const {
+  __device__ void load_unit(const Lane& lane, uint32_t thread, int u, Unit& unit) const {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       uint32_t words[2][kWords];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int head = u * 16 + r * 8;
-        const bool real = head + row() < queries_.heads && is_real(j);
+        const bool real = head + row(thread) < queries_.heads && is_real(j, thread);
         const auto* query =
             reinterpret_cast<const uint4*>(lane.query + head * queries_.head_stride * kBytes);
-        to_operands(real ? __ldg(query + chunk(j)) : uint4{0, 0, 0, 0}, words[r]);
+        to_operands(real ? __ldg(query + chunk(j, thread)) : uint4{0, 0, 0, 0}, words[r]);
       }
 #pragma unroll
       for (int w = 0; w < kWords; w += 2)

@@ -26,8 +26,9 @@ __device__ __forceinline__ float to_score(uint32_t key) {
 
 // Sum over the threads before this one. All threads call it, after a barrier.
 __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mine) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+  const uint32_t thread = this_thread();
+  const int lane = thread % 32;
+  const int warp = thread / 32;
   uint32_t up_to = mine;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -51,8 +52,9 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
 // between.
 __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, uint32_t mine,
                                               uint2& total) {
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) memory.sums[parity][warp] = mine;
+  const uint32_t thread = this_thread();
+  const int warp = thread / 32;
+  if (thread % 32 == 0) memory.sums[parity][warp] = mine;
   __syncthreads();
   uint2 before{0, 0};
   total = {0, 0};
@@ -71,7 +73,7 @@ __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, 
 __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
   constexpr int kBins = kHistogram / kThreads;  // per thread; thread 0 has the highest ones
   static_assert(kBins == 16, "four vectors");
-  const uint32_t first = (kThreads - 1 - threadIdx.x) * kBins;
+  const uint32_t first = (kThreads - 1 - this_thread()) * kBins;
   uint32_t counts[kBins];
   auto* bins = reinterpret_cast<uint4*>(histogram(memory) + first);
   uint32_t sum = 0;
@@ -109,7 +111,7 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
   uint32_t slab = 0;
 #pragma unroll 1
   for (; slab + kItems * kThreads <= n; slab += kItems * kThreads) {
-    const float* first = scores + slab + threadIdx.x;
+    const float* first = scores + slab + this_thread();
     float item[kItems];
 #pragma unroll
     for (uint32_t j = 0; j < kItems; ++j) item[j] = first[j * kThreads];
@@ -117,14 +119,14 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
     for (uint32_t j = 0; j < kItems; ++j) count(item[j]);
   }
 #pragma unroll 1
-  for (uint32_t i = slab + threadIdx.x; i < n; i += kThreads) count(scores[i]);
+  for (uint32_t i = slab + this_thread(); i < n; i += kThreads) count(scores[i]);
 }
 
 // The bar that exactly the best `count` of scores [n] pass; 1 <= count < n. All threads call it,
 // after a barrier.
 __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
                                         uint32_t count) {
-  for (int i = threadIdx.x; i < kHistogram / 4; i += kThreads)
+  for (int i = this_thread(); i < kHistogram / 4; i += kThreads)
     reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
   __syncthreads();
   uint32_t prefix = 0;  // the bits of the bar's key that are known
@@ -159,14 +161,14 @@ template <bool kTies, bool kInPlace, class Value, class Write>
 __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores, uint32_t n,
                                          Bar bar, Value value, Write write) {
   constexpr uint32_t kItems = 16;  // of a thread in a slab: a warp's lie side by side
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = this_thread() % 32;
   const uint32_t earlier = (1U << lane) - 1;
   uint32_t above = 0;  // in the slabs so far
   uint32_t equal = 0;
   int parity = 0;
 #pragma unroll 1
   for (uint32_t slab = 0; slab < n; slab += kThreads * kItems, parity ^= 1) {
-    const uint32_t first = slab + threadIdx.x / 32 * 32 * kItems + lane;
+    const uint32_t first = slab + this_thread() / 32 * 32 * kItems + lane;
     float score[kItems];
     int32_t values[kItems];
     uint32_t is_above[kItems];  // a bit for each lane
@@ -221,11 +223,13 @@ __device__ __forceinline__ uint32_t pass(SharedMemory& memory, const float* scor
                       : move<false, kInPlace>(memory, scores, n, bar, value, write);
 }
 
-// Move the chunk of positions [begin, begin + n) into the buffer, as far as it passes the bar that
+// Move the chunk of positions from `begin` on into the buffer, as far as it passes the bar that
 // the stage's best so far have set. If it might not fit, the buffer is cut to the best `count`
 // first, and the bar rises. All threads call it, after a barrier; it ends with one.
-__device__ __forceinline__ void add_to_buffer(SharedMemory& memory, const Region& region,
-                                              const Source& source, uint32_t begin, uint32_t n) {
+__device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t begin) {
+  const Region region = memory.region;
+  const Source source = memory.stage.source;
+  const uint32_t n = chunk_at(memory, begin);
   float* scores = region.buffer_scores();
   int32_t* values = region.buffer_values();
   const auto store = [&](uint32_t slot, float score, int32_t value) {
@@ -243,7 +247,7 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, const Region
   size += pass<false>(
       memory, region.scores, n, bar, [&](uint32_t i) { return source.value(begin + i); },
       [&](uint32_t slot, float score, int32_t value) { store(base + slot, score, value); });
-  if (threadIdx.x == 0) {
+  if (this_thread() == 0) {
     memory.buffered = size;
     memory.bar = bar;
   }
@@ -252,7 +256,8 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, const Region
 
 // Write the best `count` of a stage, whose candidates are all scored. All threads call it, after a
 // barrier; it ends with one.
-__device__ __forceinline__ void write_best(SharedMemory& memory, const Region& region) {
+__device__ __forceinline__ void write_best(SharedMemory& memory) {
+  const Region region = memory.region;
   const Stage stage = memory.stage;
   const bool whole = region.holds(stage.source);
   const float* scores = whole ? region.scores : region.buffer_scores();

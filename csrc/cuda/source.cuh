@@ -14,7 +14,6 @@ struct Source {
   // single block at 0, of 2^31.
   const int32_t* blocks;  // first key of each block, ascending
   uint32_t first;  // distance of position 0 to the start of blocks[0]
-  uint32_t last_key;  // of the last position
   int block_shift;  // log2 of the block size, at least 3
   // What a key stands for, (key - origin) * 2^value_shift + value_origin: a token relative to the
   // window, or a block by its first token.
@@ -23,10 +22,7 @@ struct Source {
   int32_t value_origin;
 
   __device__ __forceinline__ uint32_t key(uint32_t position) const {
-    return key_at(first + position);
-  }
-  // The key at a distance from the start of blocks[0], all blocks laid end to end.
-  __device__ __forceinline__ uint32_t key_at(uint32_t distance) const {
+    const uint32_t distance = first + position;  // all blocks laid end to end
     return static_cast<uint32_t>(blocks[distance >> block_shift]) +
            (distance & ((1U << block_shift) - 1));
   }
@@ -36,16 +32,16 @@ struct Source {
   }
 };
 
-// Keys from `first` on that lie side by side; `zero` points to a 0 that outlives the source.
-__device__ inline Source adjacent(const int32_t* zero, const Keys& keys, int64_t first,
-                                  int64_t size) {
+static __device__ const int32_t kSingleBlock = 0;  // of keys that lie side by side
+
+// Keys from `first` on that lie side by side.
+__device__ inline Source adjacent(const Keys& keys, int64_t first, int64_t size) {
   return {.data = static_cast<const char*>(keys.data),
           .scale = keys.scale,
           .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
           .size = static_cast<uint32_t>(size),
-          .blocks = zero,
+          .blocks = &kSingleBlock,
           .first = static_cast<uint32_t>(first),
-          .last_key = static_cast<uint32_t>(first + size - 1),
           .block_shift = 31,
           .origin = static_cast<int32_t>(first),
           .value_shift = 0,

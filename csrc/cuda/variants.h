@@ -42,7 +42,9 @@ struct Tile {
 };
 
 constexpr Tile make_tile(const Variant& variant, ElementType type) {
-  const int keys = variant.dim > 128 ? 16 : 32;
+  // A lane's registers take the queries and a tile: 32 keys, or 16 where the queries leave no room.
+  const bool full = variant.heads * variant.dim == 64 * 128 && element_size(type) == 2;
+  const int keys = full || variant.dim > 128 ? 16 : 32;
   return {keys, kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 16)};
 }
 

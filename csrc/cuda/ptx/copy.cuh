@@ -14,11 +14,9 @@ __device__ __forceinline__ void copy_16(uint32_t shared, const void* global, boo
                : "memory");
 }
 
-// 4 bytes, or zeros if not `real`; both addresses are multiples of 4.
-__device__ __forceinline__ void copy_4(uint32_t shared, const void* global, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
-               "r"(real ? 4 : 0)
-               : "memory");
+// 4 bytes; both addresses are multiples of 4.
+__device__ __forceinline__ void copy_4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // All copies since the last call belong together.

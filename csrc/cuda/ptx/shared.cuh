@@ -1,5 +1,5 @@
-// Loads from shared memory by its own 32-bit addresses, which leave a loop nothing to compute. PTX
-// ISA, "Data Movement and Conversion: ld".
+// Shared memory by its own 32-bit addresses, which leave a loop nothing to compute. PTX ISA,
+// "Data Movement and Conversion: ld, st".
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,10 @@ __device__ __forceinline__ float load_float(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
+}
+
+__device__ __forceinline__ void store_float(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 }  // namespace hisa::cuda::ptx
