@@ -11,14 +11,6 @@ namespace hisa::cuda {
 
 inline constexpr int kHistogram = 2048;  // bins: 11 bits of a score's key at a time
 
-// threadIdx.x, for code between two scorings: what follows from it is computed there, instead of
-// taking registers away from the scorer for the whole kernel.
-__device__ __forceinline__ uint32_t this_thread() {
-  uint32_t thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
-}
-
 // Candidates with a score above `score` pass, and the first `ties` of those that equal it.
 struct Bar {
   float score = -INFINITY;
@@ -79,7 +71,8 @@ struct alignas(16) SharedMemory {
 // Positions of the stage that are scored at once, from `begin` on.
 __device__ __forceinline__ uint32_t chunk_at(const SharedMemory& memory, uint32_t begin) {
   const uint32_t size = memory.stage.source.size;
-  return memory.region.holds(memory.stage.source) ? size : min(memory.region.chunk, size - begin);
+  const uint32_t chunk = memory.region.holds(memory.stage.source) ? size : memory.region.chunk;
+  return chunk < size - begin ? chunk : size - begin;
 }
 
 // Of every 16 heads, 2c, 2c + 1, 2c + 8 and 2c + 9 lie side by side: the tensor cores' layout.

@@ -14,6 +14,7 @@
 
 #include "coarse.cuh"
 #include "launch.h"
+#include "ptx/thread.cuh"
 #include "refine.cuh"
 #include "score_fma.cuh"
 #include "score_mma.cuh"
@@ -26,7 +27,7 @@ namespace hisa::cuda {
 __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory& memory,
                                           int64_t m) {
   const Queries& queries = params.queries;
-  const int h = static_cast<int>(this_thread());
+  const int h = static_cast<int>(ptx::this_thread());
   static_assert(kThreads == sizeof(SharedMemory::weights) / sizeof(float), "one head per thread");
   memory.weights[weight_slot(h)] =
       h < queries.heads ? queries.weights[m * queries.weights_stride + h] : 0.0F;
@@ -42,15 +43,15 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
   const bool pruned = params.block_topk > 0 && last - first >= params.block_topk;
   const auto kept = static_cast<uint32_t>(min(params.block_topk, last - first + 1));  // flat: 0
   if (pruned) {
-    if (this_thread() == 0) {
+    if (ptx::this_thread() == 0) {
       blocks[0] = start(first);
       blocks[kept - 1] = start(last);
     }
   } else {
-    for (uint32_t i = this_thread(); i < kept; i += kThreads) blocks[i] = start(first + i);
+    for (uint32_t i = ptx::this_thread(); i < kept; i += kThreads) blocks[i] = start(first + i);
   }
   __syncthreads();
-  if (this_thread() == 0) {
+  if (ptx::this_thread() == 0) {
     memory.m = m;
     memory.row = row;
     memory.kept = kept;
@@ -69,7 +70,7 @@ __device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMem
   write_best(memory);
   const bool last = memory.stage.last;
   __syncthreads();
-  if (!last && this_thread() == 0) {
+  if (!last && ptx::this_thread() == 0) {
     memory.buffered = 0;
     memory.bar = Bar{};
     memory.stage = token_stage(params, memory.m, memory.row, memory.kept, memory.region.blocks());
@@ -85,9 +86,9 @@ __device__ __forceinline__ void finish_row(const RowsParams& params, const Share
   const Stage& stage = memory.stage;
   int32_t* indices = output.indices + m * output.topk;
   if (!memory.scored)
-    for (uint32_t i = this_thread(); i < stage.count; i += kThreads)
+    for (uint32_t i = ptx::this_thread(); i < stage.count; i += kThreads)
       indices[i] = stage.source.value(i);
-  for (int64_t i = stage.count + this_thread(); i < output.topk; i += kThreads) {
+  for (int64_t i = stage.count + ptx::this_thread(); i < output.topk; i += kThreads) {
     indices[i] = -1;
     if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
   }
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   char* row = extra + params.scorer_bytes;
   if (params.workspace != nullptr)
     row = params.workspace + blockIdx.x * row_bytes(params.chunk, params.capacity, params.kept);
-  if (this_thread() == 0)
+  if (ptx::this_thread() == 0)
     memory.region = {.scores = reinterpret_cast<float*>(row),
                      .size = region_size(params.chunk, params.capacity),
                      .chunk = static_cast<uint32_t>(params.chunk),

@@ -25,6 +25,7 @@
 #include "ptx/copy.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
+#include "ptx/thread.cuh"
 #include "variants.h"
 
 namespace hisa::cuda {
@@ -58,9 +59,10 @@ class MmaScorer {
       kVariant.more ? 0 : 1;  // last units, while the next tile comes
   static constexpr int kKeys = 2 * kMTiles;  // of a tile that a lane multiplies
   static constexpr int kScale = kKeys * kChunks * kThreads * 16;  // in bytes, see Lane::chunks
+  static constexpr int kStage = kScale + kThreads * 16;  // of a tile to come
   static_assert(kDim % (4 * kChannels) == 0 && (kMTiles == 1 || kMTiles == 2), "whole tiles");
   static_assert(kTile.keys <= kBehind, "scores that nobody wants have a place");
-  static_assert(kTile.bytes == kThreads * (kKeys * kChunks + 1) * 16);
+  static_assert(kTile.bytes == kTile.stages * kStage);
 
  public:
   __device__ MmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
@@ -70,23 +72,24 @@ class MmaScorer {
   __device__ void score(uint32_t begin) const {
     const Source source = memory_.stage.source;
     const uint32_t n = chunk_at(memory_, begin);
-    const uint32_t thread = this_thread();
+    const uint32_t thread = ptx::this_thread();
     const uint32_t tile = thread / 32 * kTile.keys;
     if (tile >= n) return;
     uint32_t tiles = (n - tile + kStep - 1) / kStep;
-    const Lane lane(*this, source, thread);
-    if (source.scale == nullptr) ptx::store_float(lane.chunks + kScale, 1.0F);
-    uint32_t position =
-        begin + tile + own_key(thread);  // of the lane's own key in the tile to fetch
+    Lane lane(*this, source, thread, begin + tile + own_key(thread));
+#pragma unroll
+    for (int stage = 0; stage < kTile.stages; ++stage)
+      if (source.scale == nullptr) ptx::store_float(lane.chunks + stage * kStage + kScale, 1.0F);
     float* out = memory_.region.scores + tile + own_key(thread);
-    fetch(lane, source, position);
+#pragma unroll
+    for (int stage = 0; stage < kTile.stages; ++stage) fetch(lane, source);
     Unit held[kHeld];
     if constexpr (!kVariant.more)
 #pragma unroll
       for (int u = 0; u < kHeld; ++u) load_unit(lane, thread, u, held[u]);
     Operands keys;
     float scale = load(lane, keys);
-    fetch(lane, source, position += kStep);
+    fetch(lane, source);
 #pragma unroll 1
     for (; tiles > 0; --tiles) {
       float sums[kKeys] = {};
@@ -104,7 +107,7 @@ class MmaScorer {
       const float own_scale = scale;
       scale = load(lane, keys);
       if constexpr (kOverlapped > 0) weigh(lane, dots, kUnits - 1, sums);
-      fetch(lane, source, position += kStep);
+      fetch(lane, source);
       store(sums, own_scale, out);
       out += kStep;
     }
@@ -149,28 +152,33 @@ class MmaScorer {
 
   // Where the lane reads and writes, for the keys of one source and the queries of one row.
   struct Lane {
+    uint32_t position;  // of its own key in the next tile to fetch
     const char* keys;  // from the lane's first chunk on
     const char* query;  // of head row()
-    uint32_t chunks;  // in shared memory: of the tile to come, kThreads * 16 bytes apart; the last
+    uint32_t chunks;  // in shared memory: of a tile to come, kThreads * 16 bytes apart; the last
                       // one is the scale of the lane's own key
+    uint32_t both;  // of two tiles to come, added up
     uint32_t weights;  // of the first unit, 64 bytes apart
 
-    __device__ Lane(const MmaScorer& scorer, const Source& source, uint32_t thread)
-        : keys(source.data + (scorer.is_real(0, thread) ? column(thread) * 16 : 0)),
+    __device__ Lane(const MmaScorer& scorer, const Source& source, uint32_t thread, uint32_t first)
+        : position(first),
+          keys(source.data + (scorer.is_real(0, thread) ? column(thread) * 16 : 0)),
           query(static_cast<const char*>(scorer.queries_.data) +
                 (scorer.memory_.m * scorer.queries_.row_stride +
                  row(thread) * scorer.queries_.head_stride) *
                     kBytes),
           chunks(ptx::shared_address(scorer.tile_ + thread * 16)),
+          both(2 * chunks + kStage),
           weights(ptx::shared_address(scorer.memory_.weights + column(thread) * 4)) {
       asm("" : "+l"(keys));  // kept in registers, not derived anew
       asm volatile("" : "+l"(query));  // or queries are held while a row's selection runs
     }
   };
 
-  // Begin to copy the tile in which the lane's own key has this position; behind the end, the last.
-  __device__ void fetch(const Lane& lane, const Source& source, uint32_t position) const {
-    const uint32_t own = source.key(min(position, source.size - 1));
+  // Begin to copy the lane's next tile; behind the end, the last key.
+  __device__ void fetch(Lane& lane, const Source& source) const {
+    const uint32_t own = source.key(min(lane.position, source.size - 1));
+    lane.position += kStep;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const uint32_t key = __shfl_sync(~0U, own, i * (4 / kKeys), 4);
@@ -184,11 +192,12 @@ class MmaScorer {
     }
     if (source.scale != nullptr) ptx::copy_4(lane.chunks + kScale, source.scale + own);
     ptx::commit_copies();
+    if (kTile.stages == 2) lane.chunks = lane.both - lane.chunks;
   }
 
   // The tile that was fetched; returns the scale of the lane's own key.
   __device__ static float load(const Lane& lane, Operands& keys) {
-    ptx::wait_for_copies<0>();
+    ptx::wait_for_copies<kTile.stages - 1>();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
 #pragma unroll

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "memory.cuh"
+#include "ptx/thread.cuh"
 
 namespace hisa::cuda {
 
@@ -26,7 +27,7 @@ __device__ __forceinline__ float to_score(uint32_t key) {
 
 // Sum over the threads before this one. All threads call it, after a barrier.
 __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mine) {
-  const uint32_t thread = this_thread();
+  const uint32_t thread = ptx::this_thread();
   const int lane = thread % 32;
   const int warp = thread / 32;
   uint32_t up_to = mine;
@@ -52,7 +53,7 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
 // between.
 __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, uint32_t mine,
                                               uint2& total) {
-  const uint32_t thread = this_thread();
+  const uint32_t thread = ptx::this_thread();
   const int warp = thread / 32;
   if (thread % 32 == 0) memory.sums[parity][warp] = mine;
   __syncthreads();
@@ -73,7 +74,7 @@ __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, 
 __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
   constexpr int kBins = kHistogram / kThreads;  // per thread; thread 0 has the highest ones
   static_assert(kBins == 16, "four vectors");
-  const uint32_t first = (kThreads - 1 - this_thread()) * kBins;
+  const uint32_t first = (kThreads - 1 - ptx::this_thread()) * kBins;
   uint32_t counts[kBins];
   auto* bins = reinterpret_cast<uint4*>(histogram(memory) + first);
   uint32_t sum = 0;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
   uint32_t slab = 0;
 #pragma unroll 1
   for (; slab + kItems * kThreads <= n; slab += kItems * kThreads) {
-    const float* first = scores + slab + this_thread();
+    const float* first = scores + slab + ptx::this_thread();
     float item[kItems];
 #pragma unroll
     for (uint32_t j = 0; j < kItems; ++j) item[j] = first[j * kThreads];
@@ -119,14 +120,14 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
     for (uint32_t j = 0; j < kItems; ++j) count(item[j]);
   }
 #pragma unroll 1
-  for (uint32_t i = slab + this_thread(); i < n; i += kThreads) count(scores[i]);
+  for (uint32_t i = slab + ptx::this_thread(); i < n; i += kThreads) count(scores[i]);
 }
 
 // The bar that exactly the best `count` of scores [n] pass; 1 <= count < n. All threads call it,
 // after a barrier.
 __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
                                         uint32_t count) {
-  for (int i = this_thread(); i < kHistogram / 4; i += kThreads)
+  for (int i = ptx::this_thread(); i < kHistogram / 4; i += kThreads)
     reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
   __syncthreads();
   uint32_t prefix = 0;  // the bits of the bar's key that are known
@@ -161,14 +162,14 @@ template <bool kTies, bool kInPlace, class Value, class Write>
 __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores, uint32_t n,
                                          Bar bar, Value value, Write write) {
   constexpr uint32_t kItems = 16;  // of a thread in a slab: a warp's lie side by side
-  const uint32_t lane = this_thread() % 32;
+  const uint32_t lane = ptx::this_thread() % 32;
   const uint32_t earlier = (1U << lane) - 1;
   uint32_t above = 0;  // in the slabs so far
   uint32_t equal = 0;
   int parity = 0;
 #pragma unroll 1
   for (uint32_t slab = 0; slab < n; slab += kThreads * kItems, parity ^= 1) {
-    const uint32_t first = slab + this_thread() / 32 * 32 * kItems + lane;
+    const uint32_t first = slab + ptx::this_thread() / 32 * 32 * kItems + lane;
     float score[kItems];
     int32_t values[kItems];
     uint32_t is_above[kItems];  // a bit for each lane
@@ -247,7 +248,7 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t beg
   size += pass<false>(
       memory, region.scores, n, bar, [&](uint32_t i) { return source.value(begin + i); },
       [&](uint32_t slot, float score, int32_t value) { store(base + slot, score, value); });
-  if (this_thread() == 0) {
+  if (ptx::this_thread() == 0) {
     memory.buffered = size;
     memory.bar = bar;
   }
