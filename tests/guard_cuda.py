@@ -220,7 +220,8 @@ def main() -> None:
     """Run all calls of a dtype, or one fault."""
     after = {"after": True, "before": False}[sys.argv[1]]
     dtype = {short_name(d): d for d in DTYPES}[sys.argv[2]]
-    GuardedMemory(after).install()
+    memory = GuardedMemory(after)  # referred to until the end: torch calls into it
+    memory.install()
     if len(sys.argv) > 3:
         FAULTS[sys.argv[3]](after, dtype)
     else:

@@ -59,10 +59,9 @@ class MmaScorer {
       kVariant.more ? 0 : 1;  // last units, while the next tile comes
   static constexpr int kKeys = 2 * kMTiles;  // of a tile that a lane multiplies
   static constexpr int kScale = kKeys * kChunks * kThreads * 16;  // in bytes, see Lane::chunks
-  static constexpr int kStage = kScale + kThreads * 16;  // of a tile to come
   static_assert(kDim % (4 * kChannels) == 0 && (kMTiles == 1 || kMTiles == 2), "whole tiles");
   static_assert(kTile.keys <= kBehind, "scores that nobody wants have a place");
-  static_assert(kTile.bytes == kTile.stages * kStage);
+  static_assert(kTile.bytes == kScale + kThreads * 16);
 
  public:
   __device__ MmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
@@ -77,12 +76,9 @@ class MmaScorer {
     if (tile >= n) return;
     uint32_t tiles = (n - tile + kStep - 1) / kStep;
     Lane lane(*this, source, thread, begin + tile + own_key(thread));
-#pragma unroll
-    for (int stage = 0; stage < kTile.stages; ++stage)
-      if (source.scale == nullptr) ptx::store_float(lane.chunks + stage * kStage + kScale, 1.0F);
+    if (source.scale == nullptr) ptx::store_float(lane.chunks + kScale, 1.0F);
     float* out = memory_.region.scores + tile + own_key(thread);
-#pragma unroll
-    for (int stage = 0; stage < kTile.stages; ++stage) fetch(lane, source);
+    fetch(lane, source);
     Unit held[kHeld];
     if constexpr (!kVariant.more)
 #pragma unroll
@@ -155,9 +151,8 @@ class MmaScorer {
     uint32_t position;  // of its own key in the next tile to fetch
     const char* keys;  // from the lane's first chunk on
     const char* query;  // of head row()
-    uint32_t chunks;  // in shared memory: of a tile to come, kThreads * 16 bytes apart; the last
+    uint32_t chunks;  // in shared memory: of the tile to come, kThreads * 16 bytes apart; the last
                       // one is the scale of the lane's own key
-    uint32_t both;  // of two tiles to come, added up
     uint32_t weights;  // of the first unit, 64 bytes apart
 
     __device__ Lane(const MmaScorer& scorer, const Source& source, uint32_t thread, uint32_t first)
@@ -168,16 +163,17 @@ class MmaScorer {
                  row(thread) * scorer.queries_.head_stride) *
                     kBytes),
           chunks(ptx::shared_address(scorer.tile_ + thread * 16)),
-          both(2 * chunks + kStage),
           weights(ptx::shared_address(scorer.memory_.weights + column(thread) * 4)) {
       asm("" : "+l"(keys));  // kept in registers, not derived anew
       asm volatile("" : "+l"(query));  // or queries are held while a row's selection runs
     }
   };
 
-  // Begin to copy the lane's next tile; behind the end, the last key.
+  // Begin to copy the lane's next tile. Behind the end come keys from the beginning, since one key
+  // for all lanes would take longer than different ones.
   __device__ void fetch(Lane& lane, const Source& source) const {
-    const uint32_t own = source.key(min(lane.position, source.size - 1));
+    const uint32_t position = min(lane.position, lane.position - source.size);
+    const uint32_t own = source.key(min(position, source.size - 1));
     lane.position += kStep;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
@@ -192,12 +188,11 @@ class MmaScorer {
     }
     if (source.scale != nullptr) ptx::copy_4(lane.chunks + kScale, source.scale + own);
     ptx::commit_copies();
-    if (kTile.stages == 2) lane.chunks = lane.both - lane.chunks;
   }
 
   // The tile that was fetched; returns the scale of the lane's own key.
   __device__ static float load(const Lane& lane, Operands& keys) {
-    ptx::wait_for_copies<kTile.stages - 1>();
+    ptx::wait_for_copies<0>();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
 #pragma unroll

@@ -35,22 +35,17 @@ constexpr size_t find_variant(int64_t heads, int64_t dim) {
   return i;
 }
 
-// A warp multiplies a tile of keys while the next ones are copied to shared memory.
+// A warp multiplies a tile of keys while the next one is copied to shared memory.
 struct Tile {
   int keys;
-  int stages;  // tiles on their way
-  int64_t bytes;  // of shared memory of a block for these, keys and scales
+  int64_t bytes;  // of shared memory of a block for the tiles to come, keys and scales
 };
 
-// A lane's registers take the queries and a tile. Where the queries leave little room, 16-bit keys
-// come in smaller tiles, and of 8-bit ones, which take long to multiply, one is on its way.
+// A lane's registers take the queries and a tile: 32 keys, or 16 where the queries leave no room.
 constexpr Tile make_tile(const Variant& variant, ElementType type) {
-  const bool full = variant.heads * variant.dim == 64 * 128;
-  const bool wide = element_size(type) == 2;
-  const int keys = (full && wide) || variant.dim > 128 ? 16 : 32;
-  const int stages = full && !wide ? 1 : 2;
-  return {keys, stages,
-          stages * kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 16)};
+  const bool full = variant.heads * variant.dim == 64 * 128 && element_size(type) == 2;
+  const int keys = full || variant.dim > 128 ? 16 : 32;
+  return {keys, kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 16)};
 }
 
 }  // namespace hisa::cuda
