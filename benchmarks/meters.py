@@ -63,10 +63,16 @@ class CpuMeter:
 class CudaMeter:
     """Events on the device, and the bytes of all tensors on it."""
 
+    AHEAD = 1_000_000  # cycles, about half a millisecond
+
     def seconds(self, call: Call) -> float:
-        """Run the call and return the time that it keeps the device busy."""
+        """Run the call and return the time that it keeps the device busy.
+
+        The device sleeps first, so that the time that the host takes to launch does not count.
+        """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(self.AHEAD)
         start.record()
         call()
         end.record()

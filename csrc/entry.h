@@ -142,9 +142,10 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
                     .block_size = block_size,
                     .block_topk = block_topk,
                     .pooled = pooled_k.has_value()};
-  TwoTensors pooled{keys.slice(0, 0, 0), head_weights.slice(0, 0, 0).flatten()};  // none
+  std::optional<TwoTensors> pooled;  // not where every block is kept
   if (shape.pooled) {
-    pooled = {adjacent(*pooled_k, Device::kAlignment, Device::kFarthest), adjacent(*pooled_scale)};
+    pooled.emplace(adjacent(*pooled_k, Device::kAlignment, Device::kFarthest),
+                   adjacent(*pooled_scale));
   } else if (shape.pools()) {
     pooled = pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
   }
@@ -152,7 +153,7 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   TwoTensors output = make_output(q, topk, return_scores);
   device.index({.queries = make_queries(queries, head_weights),
                 .keys = make_keys(keys, scale),
-                .pooled = make_keys(std::get<0>(pooled), std::get<1>(pooled)),
+                .pooled = pooled ? make_keys(std::get<0>(*pooled), std::get<1>(*pooled)) : Keys{},
                 .windows = make_windows(start, end, segments),
                 .output = output_params(output, return_scores),
                 .block_size = block_size,

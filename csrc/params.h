@@ -70,7 +70,7 @@ struct PoolParams {
 struct IndexParams {
   Queries queries;
   Keys keys;
-  Keys pooled;  // slot i: the complete block that holds token i * block_size
+  Keys pooled;  // slot i: the complete block that holds token i * block_size; none if not needed
   Windows windows;
   Output output;
   int64_t block_size;

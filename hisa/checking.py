@@ -15,13 +15,16 @@ NUMBER = (int, torch.SymInt)
 def check_types(expected: type | tuple[type, ...], **arguments: object) -> None:
     """Raise for the first argument that is not an instance of `expected`, or an unusable one."""
     for name, value in arguments.items():
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        if value is None and expected is OPTIONAL:
+            continue
+        if not isinstance(value, expected) or (expected is NUMBER and isinstance(value, bool)):
             wanted = expected[0] if isinstance(expected, tuple) else expected
             raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
-        if isinstance(value, Tensor) and value.layout != torch.strided:
+        if expected is NUMBER:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
+        elif isinstance(value, Tensor) and value.layout is not torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got one of {value.layout}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
 
 
 def check_index_types(

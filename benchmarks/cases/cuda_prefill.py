@@ -9,9 +9,11 @@ for its matrix product, dequantised outside of the measured time. TileLang is th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -140,6 +142,8 @@ def run(bench: Bench) -> None:
         worst = max(worst, found[INDEX].median / found[FLAT].median)
     bench.goal("hisa.index / hisa.flat_index, the worst of 2K to 1M keys", worst, at_most=1.05,
                digits=2)  # fmt: skip
+    times = ", ".join(f"{host_time(peer) * 1e6:.0f} us for {peer}" for peer in (INDEX, FLAT))
+    bench.say(f"\nUntil a call returns, its kernels launched: {times}.")
     bench.say(LIMIT)
 
 
@@ -178,6 +182,18 @@ def measure(
         max_runs=20,
         seconds=0.5,
     )
+
+
+def host_time(peer: str) -> float:
+    """Return the median time that a call takes on the host, where the device is idle."""
+    call = build(peer, rows=64, keys=2048, heads=64)
+    times = []
+    for _ in range(200):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def goals(bench: Bench, found: Mapping[str, Measurement], keys: int, heads: int) -> None:

@@ -62,8 +62,11 @@ struct Cuda {
  private:
   void run(RowsParams params, const Shape& shape) {
     const Geometry geometry = make_geometry(shape, limits);
-    const Tensor workspace = at::empty({geometry.workspace}, bytes);
-    if (!geometry.on_chip) params.workspace = static_cast<char*>(workspace.mutable_data_ptr());
+    Tensor workspace;
+    if (!geometry.on_chip) {
+      workspace = at::empty({geometry.workspace}, bytes);
+      params.workspace = static_cast<char*>(workspace.mutable_data_ptr());
+    }
     C10_CUDA_CHECK(launch_rows(params, geometry, stream));
   }
 

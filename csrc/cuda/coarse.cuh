@@ -11,7 +11,7 @@ namespace hisa::cuda {
 __device__ inline Stage coarse_stage(const RowsParams& params, const Row& row, int64_t first,
                                      int64_t last, int32_t* blocks) {
   const int64_t size = int64_t{1} << params.block_shift;
-  const int64_t slot = (row.origin + size - 1) / size;  // of the segment's block 0
+  const int64_t slot = (row.origin + size - 1) >> params.block_shift;  // of the segment's block 0
   Source source = adjacent(params.pooled, slot + first + 1, last - first - 1);
   source.origin = static_cast<int32_t>(slot);
   source.value_shift = params.block_shift;

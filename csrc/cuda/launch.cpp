@@ -56,7 +56,7 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
     const int64_t whole = round_up(candidates, 4);
     const int64_t capacity = round_up(count + chunk + spare, 4);
     geometry.chunk = chunk;
-    geometry.capacity = chunk + 2 * capacity > whole ? (whole - chunk) / 2 : capacity;
+    geometry.capacity = std::min(capacity, round_up((whole - chunk) / 2, 4));
     if (whole <= chunk) {
       geometry.chunk = whole;
       geometry.capacity = 0;

@@ -33,11 +33,11 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
       h < queries.heads ? queries.weights[m * queries.weights_stride + h] : 0.0F;
 
   const Row row = find_row(params.windows, m, params.keys.count);
-  const int64_t size = int64_t{1} << params.block_shift;
-  const int64_t first = row.empty() ? 0 : row.block(row.start, size);
-  const int64_t last = row.empty() ? 0 : row.block(row.end - 1, size);
+  const int shift = params.block_shift;
+  const int64_t first = row.empty() ? 0 : (row.start - row.origin) >> shift;
+  const int64_t last = row.empty() ? 0 : (row.end - 1 - row.origin) >> shift;
   const auto start = [&](int64_t number) {
-    return static_cast<int32_t>(row.origin + number * size);
+    return static_cast<int32_t>(row.origin + (number << shift));
   };
   int32_t* blocks = memory.region.blocks();
   const bool pruned = params.block_topk > 0 && last - first >= params.block_topk;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void finish_row(const RowsParams& params, const Share
 }
 
 template <class Scorer>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Scorer::kBlocks)
     rows_kernel(const __grid_constant__ RowsParams params) {
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SharedMemory*>(shared);

@@ -16,6 +16,8 @@ class FmaScorer {
   static constexpr int kTile = 32 * kKeys;  // keys of a warp at a time
 
  public:
+  static constexpr int kBlocks = kBlocksPerMultiprocessor;
+
   __device__ FmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory),
         queries_(queries),

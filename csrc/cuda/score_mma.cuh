@@ -21,6 +21,7 @@
 #pragma once
 
 #include "memory.cuh"
+#include "ptx/address.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mma.cuh"
@@ -58,12 +59,21 @@ class MmaScorer {
   static constexpr int kOverlapped =
       kVariant.more ? 0 : 1;  // last units, while the next tile comes
   static constexpr int kKeys = 2 * kMTiles;  // of a tile that a lane multiplies
-  static constexpr int kScale = kKeys * kChunks * kThreads * 16;  // in bytes, see Lane::chunks
+  // From Lane::chunks on, in bytes: the scale of the lane's own key, and Source::blocks and scale.
+  static constexpr int kOwnScale = kKeys * kChunks * kThreads * 16;
+  static constexpr int kSourceBlocks = kOwnScale + 8;
+  static constexpr int kSourceScale = kOwnScale + kThreads * 16;
   static_assert(kDim % (4 * kChannels) == 0 && (kMTiles == 1 || kMTiles == 2), "whole tiles");
   static_assert(kTile.keys <= kBehind, "scores that nobody wants have a place");
-  static_assert(kTile.bytes == kScale + kThreads * 16);
+  static_assert(kTile.bytes == kSourceScale + kThreads * 16);
 
  public:
+  // Per multiprocessor: few queries leave registers for a third one.
+  static constexpr int kBlocks =
+      ptx::kFp8Cvt && kFp8 && !kVariant.more && kVariant.heads * kVariant.dim <= 32 * 128
+          ? 3
+          : kBlocksPerMultiprocessor;
+
   __device__ MmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory), queries_(queries), dim_(static_cast<int>(dim)), tile_(extra) {}
 
@@ -76,7 +86,6 @@ class MmaScorer {
     if (tile >= n) return;
     uint32_t tiles = (n - tile + kStep - 1) / kStep;
     Lane lane(*this, source, thread, begin + tile + own_key(thread));
-    if (source.scale == nullptr) ptx::store_float(lane.chunks + kScale, 1.0F);
     float* out = memory_.region.scores + tile + own_key(thread);
     fetch(lane, source);
     Unit held[kHeld];
@@ -151,8 +160,8 @@ class MmaScorer {
     uint32_t position;  // of its own key in the next tile to fetch
     const char* keys;  // from the lane's first chunk on
     const char* query;  // of head row()
-    uint32_t chunks;  // in shared memory: of the tile to come, kThreads * 16 bytes apart; the last
-                      // one is the scale of the lane's own key
+    uint32_t chunks;  // in shared memory: of the tile to come, kThreads * 16 bytes apart, and what
+                      // would take registers
     uint32_t weights;  // of the first unit, 64 bytes apart
 
     __device__ Lane(const MmaScorer& scorer, const Source& source, uint32_t thread, uint32_t first)
@@ -166,6 +175,9 @@ class MmaScorer {
           weights(ptx::shared_address(scorer.memory_.weights + column(thread) * 4)) {
       asm("" : "+l"(keys));  // kept in registers, not derived anew
       asm volatile("" : "+l"(query));  // or queries are held while a row's selection runs
+      ptx::store(chunks + kOwnScale, 1.0F);
+      ptx::store(chunks + kSourceBlocks, source.blocks);
+      ptx::store(chunks + kSourceScale, source.scale);
     }
   };
 
@@ -173,12 +185,13 @@ class MmaScorer {
   // for all lanes would take longer than different ones.
   __device__ void fetch(Lane& lane, const Source& source) const {
     const uint32_t position = min(lane.position, lane.position - source.size);
-    const uint32_t own = source.key(min(position, source.size - 1));
+    const uint32_t own = source.key(min(position, source.size - 1),
+                                    ptx::load<const int32_t*>(lane.chunks + kSourceBlocks));
     lane.position += kStep;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const uint32_t key = __shfl_sync(~0U, own, i * (4 / kKeys), 4);
-      const char* at = lane.keys + key * uint64_t{source.stride};
+      const char* at = ptx::row_at(lane.keys, key, source.stride);
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         const bool real = is_real(j);
@@ -186,7 +199,8 @@ class MmaScorer {
                      real);
       }
     }
-    if (source.scale != nullptr) ptx::copy_4(lane.chunks + kScale, source.scale + own);
+    const auto* scale = ptx::load<const float*>(lane.chunks + kSourceScale);
+    if (scale != nullptr) ptx::copy_4(lane.chunks + kOwnScale, scale + own);
     ptx::commit_copies();
   }
 
@@ -203,7 +217,7 @@ class MmaScorer {
         for (int w = 0; w < kWords; ++w)
           keys.of[i / 2][(j * kWords + w) / 2][i % 2 + w % 2 * 2] = words[w];
       }
-    return ptx::load_float(lane.chunks + kScale);
+    return ptx::load<float>(lane.chunks + kOwnScale);
   }
 
   __device__ static void to_operands(const uint4& chunk, uint32_t (&words)[kWords]) {

@@ -10,14 +10,14 @@
 #pragma once
 
 #include "memory.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/thread.cuh"
 
 namespace hisa::cuda {
 
 // Grows with the score; at least 0x007fffff, the key of -inf.
 __device__ __forceinline__ uint32_t to_key(float score) {
-  const float ranked = score != score ? -INFINITY : score + 0.0F;
-  const uint32_t bits = __float_as_uint(ranked);
+  const uint32_t bits = __float_as_uint(fmaxf(score, -INFINITY) + 0.0F);
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000U);
 }
 
@@ -88,39 +88,51 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
 
   uint32_t before = sum_before(memory, sum);
   if (before < need && need <= before + sum) {
+    uint32_t bin = first;
 #pragma unroll
-    for (int i = kBins - 1; i >= 0; --i) {
-      if (before < need && need <= before + counts[i])
-        memory.found = {first + i, before, counts[i]};
-      before += counts[i];
+    for (int step = 1; step < kBins; step *= 2) {
+      const int half = kBins / 2 / step;
+      uint32_t upper = 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) upper += counts[half + i];
+      const bool high = need <= before + upper;
+      if (high) bin += half;
+      if (!high) before += upper;
+#pragma unroll
+      for (int i = 0; i < half; ++i) counts[i] = high ? counts[half + i] : counts[i];
     }
+    memory.found = {bin, before, counts[0]};
   }
   __syncthreads();
 }
 
-// Count the digits [low, low + 11) of the keys of scores [n]; behind the first digit, only of keys
-// whose higher bits are `prefix`.
+// Count the digits [low, low + width) of the keys of scores [n]; behind the first digit, only of
+// keys whose higher bits are `prefix`.
 template <bool kFirst>
 __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, uint32_t n, int low,
                                       int width, uint32_t prefix) {
-  constexpr uint32_t kItems = 8;  // in flight
+  constexpr uint32_t kVectors = 2;  // of four scores, in flight
+  const uint32_t bins = ptx::shared_address(histogram);
   const auto count = [&](float score) {
     const uint32_t key = to_key(score);
-    if (kFirst || key >> (low + width) == prefix)
-      atomicAdd(&histogram[key >> low & ((1U << width) - 1)], 1U);
+    const uint32_t digit = key >> low & ((1U << width) - 1);
+    ptx::add(bins + digit * 4, kFirst || key >> (low + width) == prefix ? 1 : 0);  // no branch
   };
+  const auto* vectors = reinterpret_cast<const float4*>(scores);
+  const uint32_t whole = n / 4;
   uint32_t slab = 0;
 #pragma unroll 1
-  for (; slab + kItems * kThreads <= n; slab += kItems * kThreads) {
-    const float* first = scores + slab + ptx::this_thread();
-    float item[kItems];
+  for (; slab + kVectors * kThreads <= whole; slab += kVectors * kThreads) {
+    float4 vector[kVectors];
 #pragma unroll
-    for (uint32_t j = 0; j < kItems; ++j) item[j] = first[j * kThreads];
+    for (uint32_t j = 0; j < kVectors; ++j)
+      vector[j] = vectors[slab + j * kThreads + ptx::this_thread()];
 #pragma unroll
-    for (uint32_t j = 0; j < kItems; ++j) count(item[j]);
+    for (const float4& four : vector)
+      for (const float score : {four.x, four.y, four.z, four.w}) count(score);
   }
 #pragma unroll 1
-  for (uint32_t i = slab + ptx::this_thread(); i < n; i += kThreads) count(scores[i]);
+  for (uint32_t i = slab * 4 + ptx::this_thread(); i < n; i += kThreads) count(scores[i]);
 }
 
 // The bar that exactly the best `count` of scores [n] pass; 1 <= count < n. All threads call it,
@@ -155,59 +167,98 @@ __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* score
   return {to_score(prefix), need};
 }
 
-// Hand the candidates [0, n) that pass the bar to `write(slot, score, value(i))`, in order, slots
-// from 0 on; returns how many. With kInPlace, `write` may overwrite what comes from there, since no
-// candidate moves up.
-template <bool kTies, bool kInPlace, class Value, class Write>
-__device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores, uint32_t n,
-                                         Bar bar, Value value, Write write) {
-  constexpr uint32_t kItems = 16;  // of a thread in a slab: a warp's lie side by side
+// For each of four groups of four bits, a byte with the number of ones.
+__device__ __forceinline__ uint32_t count_ones(uint32_t groups) {
+  groups -= groups >> 1 & 0x5555U;
+  groups = (groups & 0x3333U) + (groups >> 2 & 0x3333U);
+  groups = (groups | groups << 8) & 0x00ff00ffU;
+  return (groups | groups << 4) & 0x0f0f0f0fU;
+}
+
+// Four counts of a lane, one per byte and none above 4: of the lanes before it, and of the warp.
+struct LaneCounts {
+  uint32_t before;
+  uint32_t total;
+
+  __device__ explicit LaneCounts(uint32_t mine, uint32_t lane) {
+    uint32_t up_to = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(~0U, up_to, step);
+      if (lane >= step) up_to += other;
+    }
+    before = up_to - mine;
+    total = __shfl_sync(~0U, up_to, 31);
+  }
+  __device__ uint32_t sum() const { return __dp4a(total, 0x01010101U, 0U); }
+  __device__ static uint32_t byte(uint32_t four, int i) { return four >> 8 * i & 0xffU; }
+};
+
+// Hand the candidates [0, n) that pass the bar to `write(slot, score, i)`, in order, slots from 0
+// on; returns how many. Given `values`, that is values[i] instead of i. `write` may overwrite what
+// candidates come from, since none moves up.
+template <bool kTies, bool kValues, class Write>
+__device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores,
+                                         const int32_t* values, uint32_t n, Bar bar, Write write) {
+  constexpr uint32_t kVectors = 4;  // of four candidates, of a lane in a slab
+  constexpr uint32_t kStride = 32 * 4;  // between a lane's vectors
   const uint32_t lane = ptx::this_thread() % 32;
-  const uint32_t earlier = (1U << lane) - 1;
   uint32_t above = 0;  // in the slabs so far
   uint32_t equal = 0;
   int parity = 0;
 #pragma unroll 1
-  for (uint32_t slab = 0; slab < n; slab += kThreads * kItems, parity ^= 1) {
-    const uint32_t first = slab + ptx::this_thread() / 32 * 32 * kItems + lane;
-    float score[kItems];
-    int32_t values[kItems];
-    uint32_t is_above[kItems];  // a bit for each lane
-    uint32_t is_equal[kItems];
-    uint32_t counts = 0;  // above, and equal in the high half
+  for (uint32_t slab = 0; slab < n; slab += kThreads * kVectors * 4, parity ^= 1) {
+    const uint32_t first = slab + ptx::this_thread() / 32 * kVectors * kStride + lane * 4;
+    float score[kVectors][4];
+    int32_t value[kVectors][4];
+    uint32_t is_above = 0;  // a bit for each candidate
+    uint32_t is_equal = 0;
 #pragma unroll
-    for (uint32_t j = 0; j < kItems; ++j) {
-      const uint32_t i = min(first + j * 32, n - 1);
-      score[j] = scores[i];
-      if constexpr (kInPlace) values[j] = value(i);
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < kItems; ++j) {
-      const bool real = first + j * 32 < n;
-      is_above[j] = __ballot_sync(~0U, bar.below(score[j]) && real);
-      counts += __popc(is_above[j]);
-      if constexpr (kTies) {
-        is_equal[j] = __ballot_sync(~0U, bar.equals(score[j]) && real);
-        counts += __popc(is_equal[j]) << 16;
+    for (uint32_t v = 0; v < kVectors; ++v) {
+      const uint32_t at = min(first + v * kStride, (n - 1) / 4 * 4);
+      const float4 four = *reinterpret_cast<const float4*>(scores + at);
+      score[v][0] = four.x, score[v][1] = four.y, score[v][2] = four.z, score[v][3] = four.w;
+      if constexpr (kValues) {
+        const int4 of = *reinterpret_cast<const int4*>(values + at);
+        value[v][0] = of.x, value[v][1] = of.y, value[v][2] = of.z, value[v][3] = of.w;
       }
     }
+#pragma unroll
+    for (uint32_t v = 0; v < kVectors; ++v) {
+      const uint32_t from = first + v * kStride;
+      const uint32_t real = (1U << (from < n ? min(n - from, 4U) : 0U)) - 1;
+      uint32_t bits = 0;
+      uint32_t ties = 0;
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        if constexpr (!kValues) value[v][j] = static_cast<int32_t>(from + j);
+        bits |= bar.below(score[v][j]) ? 1U << j : 0U;
+        if constexpr (kTies) ties |= bar.equals(score[v][j]) ? 1U << j : 0U;
+      }
+      is_above |= (bits & real) << 4 * v;
+      is_equal |= (ties & real) << 4 * v;
+    }
+    const LaneCounts counts(count_ones(is_above), lane);
+    const LaneCounts tie_counts(kTies ? count_ones(is_equal) : 0, lane);
     uint2 total;
-    const uint2 before = sum_of_warps(memory, parity, counts, total);
+    const uint2 before = sum_of_warps(memory, parity, counts.sum() | tie_counts.sum() << 16, total);
+    uint32_t taken = above + before.x;  // before the vector
     uint32_t ties = equal + before.y;
-    uint32_t taken = above + before.x + min(ties, bar.ties);
 #pragma unroll
-    for (uint32_t j = 0; j < kItems; ++j) {
-      uint32_t passing = is_above[j];
-      if constexpr (kTies) {
-        const bool tie = (is_equal[j] >> lane & 1) != 0;
-        passing |= __ballot_sync(~0U, tie && ties + __popc(is_equal[j] & earlier) < bar.ties);
-        ties += __popc(is_equal[j]);
+    for (uint32_t v = 0; v < kVectors; ++v) {
+      uint32_t slot = taken + LaneCounts::byte(counts.before, v);
+      uint32_t rank = ties + LaneCounts::byte(tie_counts.before, v);
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        const bool passes = (is_above >> (4 * v + j) & 1) != 0;
+        const bool tie = kTies && (is_equal >> (4 * v + j) & 1) != 0;
+        if (passes || (tie && rank < bar.ties))
+          write(slot + min(rank, bar.ties), score[v][j], value[v][j]);
+        slot += passes;
+        rank += tie;
       }
-      if ((passing >> lane & 1) != 0) {
-        const uint32_t slot = taken + __popc(passing & earlier);
-        write(slot, score[j], kInPlace ? values[j] : value(first + j * 32));
-      }
-      taken += __popc(passing);
+      taken += LaneCounts::byte(counts.total, v);
+      ties += LaneCounts::byte(tie_counts.total, v);
     }
     above += total.x;
     equal += total.y;
@@ -217,11 +268,11 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
 }
 
 // move(), for any bar. All threads call it, after a barrier; it ends with one.
-template <bool kInPlace, class Value, class Write>
-__device__ __forceinline__ uint32_t pass(SharedMemory& memory, const float* scores, uint32_t n,
-                                         Bar bar, Value value, Write write) {
-  return bar.ties > 0 ? move<true, kInPlace>(memory, scores, n, bar, value, write)
-                      : move<false, kInPlace>(memory, scores, n, bar, value, write);
+template <bool kValues, class Write>
+__device__ __forceinline__ uint32_t pass(SharedMemory& memory, const float* scores,
+                                         const int32_t* values, uint32_t n, Bar bar, Write write) {
+  return bar.ties > 0 ? move<true, kValues>(memory, scores, values, n, bar, write)
+                      : move<false, kValues>(memory, scores, values, n, bar, write);
 }
 
 // Move the chunk of positions from `begin` on into the buffer, as far as it passes the bar that
@@ -241,13 +292,14 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t beg
   Bar bar = memory.bar;
   if (size + n > region.capacity) {
     bar = find_bar(memory, scores, size, memory.stage.count);
-    size = pass<true>(memory, scores, size, bar, [&](uint32_t i) { return values[i]; }, store);
+    size = pass<true>(memory, scores, values, size, bar, store);
     bar.ties = 0;  // later candidates lose a tie
   }
   const uint32_t base = size;
-  size += pass<false>(
-      memory, region.scores, n, bar, [&](uint32_t i) { return source.value(begin + i); },
-      [&](uint32_t slot, float score, int32_t value) { store(base + slot, score, value); });
+  size += pass<false>(memory, region.scores, nullptr, n, bar,
+                      [&](uint32_t slot, float score, int32_t i) {
+                        store(base + slot, score, source.value(begin + i));
+                      });
   if (ptx::this_thread() == 0) {
     memory.buffered = size;
     memory.bar = bar;
@@ -261,19 +313,28 @@ __device__ __forceinline__ void write_best(SharedMemory& memory) {
   const Region region = memory.region;
   const Stage stage = memory.stage;
   const bool whole = region.holds(stage.source);
-  const float* scores = whole ? region.scores : region.buffer_scores();
+  float* scores = whole ? region.scores : region.buffer_scores();
   const uint32_t size = whole ? stage.source.size : memory.buffered;
   const Bar bar = size > stage.count ? find_bar(memory, scores, size, stage.count) : Bar{};
-  const auto write = [&](uint32_t slot, float score, int32_t value) {
-    stage.values[slot] = value;
+  const auto write_score = [&](uint32_t slot, float score) {
     if (stage.scores != nullptr) stage.scores[slot] = score;
   };
-  if (whole)
-    pass<false>(
-        memory, scores, size, bar, [&](uint32_t i) { return stage.source.value(i); }, write);
-  else
-    pass<false>(
-        memory, scores, size, bar, [&](uint32_t i) { return region.buffer_values()[i]; }, write);
+  if (whole) {  // where they are first, since what they are takes longer to find out
+    const uint32_t found =
+        pass<false>(memory, scores, nullptr, size, bar, [&](uint32_t slot, float score, int32_t i) {
+          write_score(slot, score);
+          scores[slot] = __int_as_float(i);
+        });
+    for (uint32_t slot = ptx::this_thread(); slot < found; slot += kThreads)
+      stage.values[slot] = stage.source.value(__float_as_uint(scores[slot]));
+    __syncthreads();
+  } else {
+    pass<true>(memory, scores, region.buffer_values(), size, bar,
+               [&](uint32_t slot, float score, int32_t value) {
+                 write_score(slot, score);
+                 stage.values[slot] = value;
+               });
+  }
 }
 
 }  // namespace hisa::cuda

@@ -21,11 +21,12 @@ struct Source {
   int value_shift;
   int32_t value_origin;
 
-  __device__ __forceinline__ uint32_t key(uint32_t position) const {
+  __device__ __forceinline__ uint32_t key(uint32_t position, const int32_t* of_blocks) const {
     const uint32_t distance = first + position;  // all blocks laid end to end
-    return static_cast<uint32_t>(blocks[distance >> block_shift]) +
+    return static_cast<uint32_t>(of_blocks[distance >> block_shift]) +
            (distance & ((1U << block_shift) - 1));
   }
+  __device__ __forceinline__ uint32_t key(uint32_t position) const { return key(position, blocks); }
   __device__ __forceinline__ int32_t value(uint32_t position) const {
     const auto relative = static_cast<int32_t>(key(position) - origin);
     return (relative << value_shift) + value_origin;

@@ -38,14 +38,14 @@ constexpr size_t find_variant(int64_t heads, int64_t dim) {
 // A warp multiplies a tile of keys while the next one is copied to shared memory.
 struct Tile {
   int keys;
-  int64_t bytes;  // of shared memory of a block for the tiles to come, keys and scales
+  int64_t bytes;  // of shared memory of a block: the tiles to come, and 32 more for each thread
 };
 
 // A lane's registers take the queries and a tile: 32 keys, or 16 where the queries leave no room.
 constexpr Tile make_tile(const Variant& variant, ElementType type) {
   const bool full = variant.heads * variant.dim == 64 * 128 && element_size(type) == 2;
   const int keys = full || variant.dim > 128 ? 16 : 32;
-  return {keys, kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 16)};
+  return {keys, kWarps * (keys * variant.dim * element_size(type) + int64_t{32} * 32)};
 }
 
 }  // namespace hisa::cuda

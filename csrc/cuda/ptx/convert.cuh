@@ -5,9 +5,16 @@
 
 namespace hisa::cuda::ptx {
 
+#if !defined(HISA_NO_FP8_CVT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define HISA_FP8_CVT 1
+#else
+#define HISA_FP8_CVT 0
+#endif
+inline constexpr bool kFp8Cvt = HISA_FP8_CVT != 0;  // there is an instruction for it
+
 // Four e4m3 values, lowest byte first, as two pairs of fp16.
 __device__ __forceinline__ void widen_e4m3(uint32_t four, uint32_t (&pairs)[2]) {
-#if !defined(HISA_NO_FP8_CVT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if HISA_FP8_CVT
   asm("{ .reg .b16 low, high;\n\t"
       "mov.b32 {low, high}, %2;\n\t"
       "cvt.rn.f16x2.e4m3x2 %0, low;\n\t"

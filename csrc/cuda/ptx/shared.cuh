@@ -2,6 +2,7 @@
 // "Data Movement and Conversion: ld, st".
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace hisa::cuda::ptx {
@@ -23,14 +24,32 @@ __device__ __forceinline__ uint4 load_16(uint32_t address) {
   return x;
 }
 
-__device__ __forceinline__ float load_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
+// 4 or 8 bytes, aligned.
+template <class T>
+__device__ __forceinline__ void store(uint32_t address, T x) {
+  if constexpr (sizeof(T) == 8)
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(std::bit_cast<uint64_t>(x))
+                 : "memory");
+  else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(std::bit_cast<uint32_t>(x))
+                 : "memory");
+}
+template <class T>
+__device__ __forceinline__ T load(uint32_t address) {
+  if constexpr (sizeof(T) == 8) {
+    uint64_t x;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
+    return std::bit_cast<T>(x);
+  } else {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return std::bit_cast<T>(x);
+  }
 }
 
-__device__ __forceinline__ void store_float(uint32_t address, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+// Add x, for any number of threads at once.
+__device__ __forceinline__ void add(uint32_t address, uint32_t x) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 }  // namespace hisa::cuda::ptx
