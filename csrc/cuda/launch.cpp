@@ -40,6 +40,7 @@ cudaError_t get_limits(int device, DeviceLimits& limits) {
 
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   Geometry geometry{};
+  geometry.shared_limit = static_cast<int>(limits.shared_block);
   geometry.variant = find_variant(shape.heads, shape.dim);
   geometry.kept = std::min(shape.block_topk, shape.slots());
 

@@ -25,6 +25,7 @@ struct Geometry {
   int64_t scorer_bytes;  // see RowsParams
   bool on_chip;       // a row's region is in shared memory, not in the workspace
   int64_t shared;     // bytes of shared memory of a block
+  int shared_limit;   // that one block can have
   int64_t workspace;  // bytes of all blocks together
 };
 

@@ -128,11 +128,12 @@ __global__ void __launch_bounds__(kThreads, Scorer::kBlocks)
 
 template <class Scorer>
 cudaError_t launch(const RowsParams& params, const Geometry& geometry, cudaStream_t stream) {
-  const auto shared = static_cast<int>(geometry.shared);
+  // NOTE: the limit belongs to the kernel, so another thread's call must not lower it in between.
   const cudaError_t error = cudaFuncSetAttribute(
-      rows_kernel<Scorer>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      rows_kernel<Scorer>, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_limit);
   if (error != cudaSuccess) return error;
-  rows_kernel<Scorer><<<static_cast<unsigned>(geometry.grid), kThreads, shared, stream>>>(params);
+  rows_kernel<Scorer><<<static_cast<unsigned>(geometry.grid), kThreads,
+                        static_cast<size_t>(geometry.shared), stream>>>(params);
   return cudaGetLastError();
 }
 
