@@ -34,23 +34,22 @@ CHUNK_BYTES = 1 << 30  # of dot products that the chunked peer makes at a time
 
 
 LIMIT = """
-What limits hisa.index at 64K x 64K, H=64: the scheduler's issue slots. In loops made for the
-question, on an H200, a product of the tensor cores took 6.0 cycles, whether of one, two or three
-warps of a scheduler; every other instruction between them added 0.7 to 1.2 cycles, and a load of
-16 bytes a lane from shared memory 3.2. The call is 3.9 million products a scheduler, 13 ms by
-themselves. For 32 keys the kernel has 128 products and 272 other instructions, 64 of them to
-widen fp8 and 128 to weigh the heads: 1100 cycles where the products need 768, 19 ms. The rest is
-selection and the starts of rows, which two blocks of threads per multiprocessor do not hide
-altogether. Designs, of bare kernels, in milliseconds at H=64, H=32 and for hisa.flat_index at
-H=64: heads as the A operand, queries in registers 24.5, 16.7, 103; keys as the A operand, queries
-in shared memory, three blocks per multiprocessor 22.9, 15.8, 105; the same as a loop 22.8, 16.0,
-104, in pairs of units 24.7, 16.0, 112; with one look-up of a key per lane 21.8, 16.7, 99; a
-quarter of the queries in registers 21.3, 16.6, 98; half, and two blocks per multiprocessor 22.6,
-16.9, 95; all of them 21.6, 16.9, 92; another loop around fewer registers 22.5, 20.5, 87;
-different keys behind the end 21.3, 15.8, 88; two tiles ahead 21.2, 17.1, 88, three 21.3, 20.8,
-88; no copies behind the end, by a branch 22.4, 15.4, 92. Before these: 25.3 to 32.9 at H=64. The
-few microseconds by which hisa.index is slower at 2K should be the host's: nothing is scored
-there, and it has more arguments to check."""
+What limits hisa.index at 64K x 64K, H=64: the tensor cores' issue, and power. By ncu, on an H100,
+the tensor pipe is busy in 62% of the cycles, 6 for each of 3.9 million products a scheduler, in
+which little else is issued; issue slots are in 38%, L2 is at 59%, and the clock is down to 1.83 of
+1.98 GHz, so that what saves cycles hardly saves time any more. At H=32, L2 is at 81%. In loops made
+for the question, instructions between products added 0.7 to 1.2 cycles each, a load of 16 bytes a
+lane from shared memory 3.2. Designs, of bare kernels, in milliseconds at H=64, H=32 and for
+hisa.flat_index at H=64. Heads as the A operand, queries in registers: 24.5, 16.7, 103. Keys as the
+A operand, three blocks of threads per multiprocessor, queries in shared memory: 22.9, 15.8, 105; in
+pairs of units 24.7, 16.0, 112; a quarter of them in registers 21.3, 16.6, 98. Two blocks, half of
+the queries in registers: 22.6, 16.9, 95; all of them 21.6, 16.9, 92; another loop around fewer
+registers 22.5, 20.5, 87; different keys behind the end 21.1, 16.1, 87; two tiles ahead 21.2, 17.1,
+88. With a shorter selection and loop 20.8, 16.0, 86, and with three blocks at H=32, as it is now:
+20.8, 15.0, 85. From there: a quarter of the queries in registers and three blocks 20.9 and 98, none
+21.3 and 99; two blocks, half of them 21.8 and 95, three quarters 21.0 and 92; queries converted by
+one warp for all 20.9; read before the first tile is waited for 20.9; a histogram of its own, and
+selection without branches 20.9."""
 
 
 def make_inputs(rows: int, keys: int, heads: int) -> dict[str, Any]:
