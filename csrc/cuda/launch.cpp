@@ -47,8 +47,8 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   // Candidates of a stage, and how many of them it keeps.
   const int64_t tokens =
       shape.flat() ? shape.keys : std::min(geometry.kept * shape.block_size, shape.keys);
-  const bool pruned = shape.slots() > shape.block_topk;
-  const int64_t candidates = std::max(tokens, pruned ? shape.slots() : 0);
+  geometry.prunes = shape.slots() > shape.block_topk;
+  const int64_t candidates = std::max(tokens, geometry.prunes ? shape.slots() : 0);
   const int64_t count = std::max(std::min(shape.topk, tokens), geometry.kept);
 
   // A buffer of count + chunk never overflows; twice the count makes selections rare. A region

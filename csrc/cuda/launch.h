@@ -20,6 +20,7 @@ struct DeviceLimits {
 
 struct Geometry {
   size_t variant;     // in kVariants; not used for fp32
+  bool prunes;        // some rows may have more blocks than they keep
   int64_t grid;       // blocks
   int64_t kept, chunk, capacity;  // see RowsParams
   int64_t scorer_bytes;  // see RowsParams

@@ -94,8 +94,9 @@ __device__ __forceinline__ void finish_row(const RowsParams& params, const Share
   }
 }
 
-template <class Scorer>
-__global__ void __launch_bounds__(kThreads, Scorer::kBlocks)
+// NOTE: without an instruction that converts fp8, three blocks' registers do not suffice.
+template <class Scorer, int kBlocks>
+__global__ void __launch_bounds__(kThreads, ptx::kFp8Cvt ? kBlocks : kBlocksPerMultiprocessor)
     rows_kernel(const __grid_constant__ RowsParams params) {
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SharedMemory*>(shared);
@@ -126,14 +127,17 @@ __global__ void __launch_bounds__(kThreads, Scorer::kBlocks)
   }
 }
 
-template <class Scorer>
+template <class Scorer, int kBlocks>
 cudaError_t launch(const RowsParams& params, const Geometry& geometry, cudaStream_t stream) {
+  if constexpr (kBlocks == kBlocksPerMultiprocessor && Scorer::kThree)
+    if (geometry.prunes) return launch<Scorer, 3>(params, geometry, stream);
+  const auto kernel = rows_kernel<Scorer, kBlocks>;
   // NOTE: the limit belongs to the kernel, so another thread's call must not lower it in between.
   const cudaError_t error = cudaFuncSetAttribute(
-      rows_kernel<Scorer>, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_limit);
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_limit);
   if (error != cudaSuccess) return error;
-  rows_kernel<Scorer><<<static_cast<unsigned>(geometry.grid), kThreads,
-                        static_cast<size_t>(geometry.shared), stream>>>(params);
+  kernel<<<static_cast<unsigned>(geometry.grid), kThreads, static_cast<size_t>(geometry.shared),
+           stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -144,7 +148,8 @@ cudaError_t launch_rows_of(const RowsParams& params, const Geometry& geometry,
   cudaError_t error = cudaErrorInvalidValue;
   [&]<size_t... i>(std::index_sequence<i...>) {
     ((i == geometry.variant
-          ? void(error = launch<MmaScorer<kType, kVariants[i]>>(params, geometry, stream))
+          ? void(error = launch<MmaScorer<kType, kVariants[i]>, kBlocksPerMultiprocessor>(
+                     params, geometry, stream))
           : void()),
      ...);
   }(std::make_index_sequence<kVariants.size()>());

@@ -5,7 +5,7 @@ namespace hisa::cuda {
 template <>
 cudaError_t launch_rows_of<ElementType::kFloat32>(const RowsParams& params,
                                                   const Geometry& geometry, cudaStream_t stream) {
-  return launch<FmaScorer>(params, geometry, stream);
+  return launch<FmaScorer, kBlocksPerMultiprocessor>(params, geometry, stream);
 }
 
 }  // namespace hisa::cuda

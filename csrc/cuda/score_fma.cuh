@@ -16,7 +16,7 @@ class FmaScorer {
   static constexpr int kTile = 32 * kKeys;  // keys of a warp at a time
 
  public:
-  static constexpr int kBlocks = kBlocksPerMultiprocessor;
+  static constexpr bool kThree = false;
 
   __device__ FmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory),

@@ -68,11 +68,9 @@ class MmaScorer {
   static_assert(kTile.bytes == kSourceScale + kThreads * 16);
 
  public:
-  // Per multiprocessor: few queries leave registers for a third one.
-  static constexpr int kBlocks =
-      ptx::kFp8Cvt && kFp8 && !kVariant.more && kVariant.heads * kVariant.dim <= 32 * 128
-          ? 3
-          : kBlocksPerMultiprocessor;
+  // Whether three blocks of threads per multiprocessor pay, where a row's keys lie apart.
+  static constexpr bool kThree =
+      kFp8 && !kVariant.more && kVariant.heads * kVariant.dim == 32 * 128;
 
   __device__ MmaScorer(SharedMemory& memory, char* extra, const Queries& queries, int64_t dim)
       : memory_(memory), queries_(queries), dim_(static_cast<int>(dim)), tile_(extra) {}
