@@ -113,7 +113,7 @@ def head_permutation(family: Family, case: Case, rng: Rng) -> None:
     """On exact inputs the order of the heads does not matter, nor does a head of weight 0."""
     exact = exact_case(int(rng.integers(1 << 30)), H=5, D=32, budget=2e5)
     order = torch.from_numpy(rng.permutation(5))
-    mixed = exact.replace(q=exact.q.view(torch.uint8)[:, order].view(exact.q.dtype),
+    mixed = exact.replace(q=exact.q.float()[:, order].to(exact.q.dtype),
                           weights=exact.weights[:, order])  # fmt: skip
     a, b = family.index(exact), family.index(mixed)
     assert torch.equal(a.indices, b.indices) and torch.equal(a.scores, b.scores)
