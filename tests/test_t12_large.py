@@ -158,9 +158,11 @@ def test_strides_beyond_32_bits_on_cuda(name: str) -> None:
 
 @pytest.mark.long
 def test_output_beyond_32_bits(family: Family) -> None:
-    """M * topk > 2^31 elements: 9 GB of indices, the last rows right."""
+    """M * topk > 2^31 elements: 9 GB of indices, the last rows right, whether scored or not."""
     m = 2**20 + 70
-    case = integer_case(m, 90, block_size=256, block_topk=8, topk=2048, ke=int32(np.arange(m) % 91))
+    ke = np.arange(m) % 91
+    ke[[1, 2**20 + 1, m - 1]] = 4000, 3999, 3000  # of which 2560 tokens are kept
+    case = integer_case(m, 4000, block_size=256, block_topk=10, topk=2048, ke=int32(ke))
     rows = torch.tensor([0, 1, 2**20 - 1, 2**20, 2**20 + 1, m - 1])
     on = case.to(family.device)
     got = family.api.index(on.q, on.k, on.weights, **on.index_args())[rows].cpu()
