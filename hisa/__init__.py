@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _extension, reference
 from ._version import __version__
+from .agreement import Comparison, compare
 from .checking import check
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from .hf import PatchHandle, patch
 
 __all__ = [
+    "Comparison",
     "PatchHandle",
     "Plan",
     "__version__",
     "build_info",
     "causal_windows",
     "check",
+    "compare",
     "flat_index",
     "index",
     "patch",

@@ -1,0 +1,191 @@
+"""Runs both indexers over the same tensors, a few rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hisa import _extension
+from hisa.checking import check_index_types
+from hisa.ops import flat_index, index, pool_keys
+
+from .measures import Measures, measure
+from .report import Comparison, Setting
+
+CHUNK_BYTES = 256 * 2**20  # of selections and what is computed from them, at a time
+SLOT_BYTES = 64  # of that for each selected token
+
+OneOrMore = int | Sequence[int]
+Selection = tuple[Tensor, Tensor]  # indices and scores
+
+
+def compare(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    ks: Tensor | None = None,
+    ke: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_size: OneOrMore = 128,
+    block_topk: OneOrMore = 64,
+    topk: int = 2048,
+    pooling: str | Sequence[str] = "mean",
+    progress: bool = True,
+) -> Comparison:
+    """Compare what `hisa.index` selects with what `hisa.flat_index` does, for every row.
+
+    The answer to "does it pick the same tokens?" for your own queries and keys. Where one of
+    `block_size`, `block_topk` and `pooling` is a sequence, every combination is compared, and flat
+    runs only once.
+
+        comparison = hisa.compare(q, k, weights, ks=ks, ke=ke, block_topk=[32, 64, 128])
+        print(comparison)  # or show it in Jupyter, .to_pandas(), .plot()
+
+    Rows whose window meets at most `block_topk` blocks agree by construction; longer contexts are
+    where it matters, so the report is by context length.
+
+    Args:
+        q, k, weights, k_scale, ks, ke, cu_seqlens_k, topk: as for `hisa.index`. `topk` is at most
+            the smallest `block_topk * block_size`.
+        block_size, block_topk, pooling: one value, or several.
+        progress: show a progress bar, if tqdm is installed and it takes more than two seconds.
+
+    Returns:
+        A `Comparison`: for each row and setting recall, IoU, score mass and the best rank that was
+        missed, with summaries of them.
+
+    Raises:
+        TypeError, ValueError: what `hisa.index` would raise for one of the settings.
+
+    Cost: flat twice (once for the lowest score of each window), and hisa once per setting. Memory:
+    16 bytes per row and setting, and 256 MiB at most for the rows at hand, beside what the
+    operators take.
+    """
+    settings = _settings(block_size, block_topk, pooling)
+    for setting in settings:
+        _check(q, k, weights, k_scale, ks, ke, cu_seqlens_k, setting, topk)
+    start, end = _windows(k, q.shape[0], ks, ke, cu_seqlens_k)
+    pooled = {
+        (s.block_size, s.pooling): pool_keys(
+            k,
+            k_scale=k_scale,
+            cu_seqlens_k=cu_seqlens_k,
+            block_size=s.block_size,
+            pooling=s.pooling,
+        )
+        for s in settings
+    }
+
+    found: list[list[Measures]] = [[] for _ in settings]
+    rows = max(1, CHUNK_BYTES // (SLOT_BYTES * topk))
+    chunks = [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
+    with _progress(len(chunks) * (2 + len(settings)), progress) as step:
+        for at in chunks:
+            row = {"k_scale": k_scale, "ks": start[at], "ke": end[at]}
+            flat = _flat(q[at], k, weights[at], row, topk)
+            step()
+            lowest = -_flat(q[at], k, -weights[at], row, 1)[1][:, 0]
+            step()
+            for setting, measures in zip(settings, found, strict=True):
+                chosen = index(
+                    q[at],
+                    k,
+                    weights[at],
+                    k_scale=k_scale,
+                    ks=start[at],
+                    ke=end[at],
+                    cu_seqlens_k=cu_seqlens_k,
+                    pooled=pooled[setting.block_size, setting.pooling],
+                    block_size=setting.block_size,
+                    block_topk=setting.block_topk,
+                    topk=topk,
+                    return_scores=True,
+                )
+                measures.append(measure(flat, cast(Selection, chosen), lowest))
+                step()
+    return Comparison(
+        settings=settings,
+        topk=topk,
+        context=(end - start).clamp(min=0).cpu(),
+        **{name: _gather(found, name) for name in Measures._fields},
+    )
+
+
+def _settings(
+    block_size: OneOrMore, block_topk: OneOrMore, pooling: str | Sequence[str]
+) -> tuple[Setting, ...]:
+    """Return every combination."""
+    sizes = [block_size] if isinstance(block_size, int) else list(block_size)
+    budgets = [block_topk] if isinstance(block_topk, int) else list(block_topk)
+    poolings = [pooling] if isinstance(pooling, str) else list(pooling)
+    for name, values in (("block_size", sizes), ("block_topk", budgets), ("pooling", poolings)):
+        if not values:
+            raise ValueError(f"{name}: expected one value or several, got none")
+    return tuple(itertools.starmap(Setting, itertools.product(sizes, budgets, poolings)))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    k_scale: Tensor | None,
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    setting: Setting,
+    topk: int,
+) -> None:
+    """Raise what `hisa.index` would raise."""
+    tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
+    sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
+    check_index_types(*tensors, None, *sizes, False)
+    _extension.require().check_index(*tensors, None, None, *sizes)
+
+
+def _windows(
+    k: Tensor, rows: int, ks: Tensor | None, ke: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return windows as `hisa.index` reads them: inside of the keys, and of one segment."""
+    n = k.shape[0]
+    none = torch.zeros(rows, dtype=torch.int32, device=k.device)
+    start = none if ks is None else ks.clamp(0, n)
+    end = none + n if ke is None else ke.clamp(max=n)
+    if cu_seqlens_k is not None:
+        edges = cu_seqlens_k.contiguous()
+        past = torch.searchsorted(edges, start, right=True).clamp(max=len(edges) - 1)
+        end = torch.where(start < edges[0], start, torch.minimum(end, edges[past]))
+    return start, torch.maximum(start, end)
+
+
+def _flat(
+    q: Tensor, k: Tensor, weights: Tensor, row: dict[str, Tensor | None], topk: int
+) -> Selection:
+    return cast(Selection, flat_index(q, k, weights, **row, topk=topk, return_scores=True))
+
+
+def _gather(found: list[list[Measures]], name: str) -> Tensor:
+    """Put the chunks of each setting together: `[settings, M]` on the CPU."""
+    columns = [[getattr(measures, name).cpu() for measures in chunks] for chunks in found]
+    dtype = torch.int32 if name == "worst_miss" else torch.float32
+    return torch.stack([torch.cat(c) if c else torch.empty(0, dtype=dtype) for c in columns])
+
+
+@contextmanager
+def _progress(steps: int, wanted: bool) -> Iterator[Callable[[], object]]:
+    """Show a bar; the caller reports each step."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda: None
+        return
+    with tqdm(total=steps, desc="hisa.compare", unit="step", delay=2, leave=False) as bar:
+        yield lambda: bar.update()
