@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import _extension, reference
 from ._version import __version__
 from .agreement import Comparison, compare
+from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
@@ -22,14 +23,18 @@ if TYPE_CHECKING:
     from .hf import PatchHandle, patch
 
 __all__ = [
+    "Certificate",
     "Comparison",
+    "ExactSelection",
     "PatchHandle",
     "Plan",
     "__version__",
     "build_info",
     "causal_windows",
+    "certify",
     "check",
     "compare",
+    "exact_index",
     "flat_index",
     "index",
     "patch",

@@ -48,3 +48,30 @@ def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, 
     start = cu_seqlens_k[:-1][sequence]
     seen = (cu_seqlens_k.diff() - queries)[sequence] + position + 1
     return start, (start + seen.clamp(min=0)).to(torch.int32)
+
+
+def read_windows(
+    rows: int,
+    keys: int,
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the windows as the operators read them, whatever they hold.
+
+    Returns:
+        `(start, end, origin)`, `[rows]` int32: tokens `[start, end)` inside of the keys and of the
+        segment that begins at `origin`; `end = start` for an empty row. Reads nothing back from the
+        device.
+    """
+    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
+    start = zeros if ks is None else ks.clamp(0, keys)
+    end = zeros + keys if ke is None else ke.clamp(max=keys)
+    origin = zeros
+    if cu_seqlens_k is not None:
+        edges = cu_seqlens_k.contiguous()
+        past = torch.searchsorted(edges, start, right=True).clamp(max=len(edges) - 1)
+        origin = edges[(past - 1).clamp(min=0)]
+        end = torch.where(start < edges[0], start, torch.minimum(end, edges[past]))
+    return start, torch.maximum(start, end), origin
