@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _extension, reference
 from ._version import __version__
-from .agreement import Comparison, compare
+from .agreement import Comparison, Explanation, compare, explain
 from .checking import check
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "Explanation",
     "PatchHandle",
     "Plan",
     "__version__",
@@ -30,6 +31,7 @@ __all__ = [
     "causal_windows",
     "check",
     "compare",
+    "explain",
     "flat_index",
     "index",
     "patch",
