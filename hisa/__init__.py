@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _extension, reference
 from ._version import __version__
-from .agreement import Comparison, compare
+from .agreement import Comparison, Explanation, compare, explain
 from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
 from .ops import flat_index, index, pool_keys
@@ -26,6 +26,7 @@ __all__ = [
     "Certificate",
     "Comparison",
     "ExactSelection",
+    "Explanation",
     "PatchHandle",
     "Plan",
     "__version__",
@@ -35,6 +36,7 @@ __all__ = [
     "check",
     "compare",
     "exact_index",
+    "explain",
     "flat_index",
     "index",
     "patch",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _extension
 from .bounds import CHANNELS, Balls, make_balls, make_queries, slack
-from .checking import check_index_types, check_types
+from .checking import check_inputs, check_types
 from .ops import Pooled, flat_index, index, pool_keys
 from .windows import read_windows
 
@@ -184,18 +184,15 @@ class _Call:
         pooling: str,
         bound_size: int,
     ) -> _Call:
-        tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
         sizes = (block_size, block_topk, topk, pooling)
-        check_index_types(*tensors, None, *sizes, False)
+        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
         check_types(int, bound_size=bound_size)
-        module = _extension.require()
-        module.check_index(*tensors, None, None, *sizes)
         if bound_size not in BOUND_SIZES or bound_size > block_size:
             raise ValueError(
                 f"bound_size: expected one of {list(BOUND_SIZES)}, at most block_size = "
                 f"{block_size}, got {bound_size}"
             )
-        limits = module.build_info()
+        limits = _extension.require().build_info()
         most = {"D": limits["max_dim"] - CHANNELS, "H": limits["max_heads"] - 1}
         for name, got in (("D", k.shape[1]), ("H", q.shape[1])):
             if got > most[name]:

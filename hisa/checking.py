@@ -55,6 +55,26 @@ def check_index_types(
     check_types(bool, return_scores=return_scores)
 
 
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    k_scale: Tensor | None,
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_size: int,
+    block_topk: int,
+    topk: int,
+    pooling: str,
+) -> None:
+    """Raise what `hisa.index` would raise, for those that call it later and more than once."""
+    tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
+    sizes = (block_size, block_topk, topk, pooling)
+    check_index_types(*tensors, None, *sizes, False)
+    _extension.require().check_index(*tensors, None, None, *sizes)
+
+
 def readable(*tensors: Tensor | None) -> bool:
     """Whether these tensors' values can be looked at: not on meta, fake, or inside of vmap."""
     return not any(

@@ -1,8 +1,20 @@
-"""How much of the flat indexer's selection the hierarchical one finds, on your own tensors."""
+"""How much of the flat indexer's selection the hierarchical one finds, and why not all of it."""
 
 from __future__ import annotations
 
 from .comparing import compare
+from .explaining import explain
+from .explanation import Block, Explanation, Lost
 from .report import Comparison, Setting, Statistics, Summary
 
-__all__ = ["Comparison", "Setting", "Statistics", "Summary", "compare"]
+__all__ = [
+    "Block",
+    "Comparison",
+    "Explanation",
+    "Lost",
+    "Setting",
+    "Statistics",
+    "Summary",
+    "compare",
+    "explain",
+]

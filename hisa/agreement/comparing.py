@@ -10,8 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hisa import _extension
-from hisa.checking import check_index_types
+from hisa.checking import check_inputs
 from hisa.ops import flat_index, index, pool_keys
 from hisa.windows import read_windows
 
@@ -71,7 +70,8 @@ def compare(
     """
     settings = _settings(block_size, block_topk, pooling)
     for setting in settings:
-        _check(q, k, weights, k_scale, ks, ke, cu_seqlens_k, setting, topk)
+        sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
+        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
     start, end, _ = read_windows(q.shape[0], k.shape[0], ks, ke, cu_seqlens_k, k.device)
     pooled = {
         (s.block_size, s.pooling): pool_keys(
@@ -130,24 +130,6 @@ def _settings(
         if not values:
             raise ValueError(f"{name}: expected one value or several, got none")
     return tuple(itertools.starmap(Setting, itertools.product(sizes, budgets, poolings)))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    k_scale: Tensor | None,
-    ks: Tensor | None,
-    ke: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    setting: Setting,
-    topk: int,
-) -> None:
-    """Raise what `hisa.index` would raise."""
-    tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
-    sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
-    check_index_types(*tensors, None, *sizes, False)
-    _extension.require().check_index(*tensors, None, None, *sizes)
 
 
 def _flat(

@@ -6,10 +6,12 @@ import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .display import html_table, optional, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +109,7 @@ class Comparison:
         Raises:
             ImportError: pandas is not installed; says how to get it.
         """
-        pandas = _optional("pandas")
+        pandas = optional("pandas")
         if not rows:
             return pandas.DataFrame([_flatten(summary) for summary in self.summary()])
         tables = []
@@ -130,7 +132,7 @@ class Comparison:
         """
         if measure not in MEASURES:
             raise ValueError(f"measure: expected one of {', '.join(MEASURES)}, got {measure!r}")
-        pyplot = _optional("matplotlib.pyplot")
+        pyplot = optional("matplotlib.pyplot")
         ax = pyplot.subplots()[1] if ax is None else ax
         for i, setting in enumerate(self.settings):
             groups = [self._summarise(i, which) for which in self._groups()]
@@ -146,20 +148,16 @@ class Comparison:
         return ax
 
     def __str__(self) -> str:
-        table = [HEADER, *map(_cells, self.summary())]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in table
-        ]
-        return "\n".join([self._title(), *lines])
+        return "\n".join([self._title(), *text_table(self._table())])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Return the table for Jupyter."""
-        rows = [_html_row("th", HEADER), *(_html_row("td", _cells(s)) for s in self.summary())]
-        return f"<p>{html.escape(self._title())}</p><table>{''.join(rows)}</table>"
+        return f"<p>{html.escape(self._title())}</p>{html_table(self._table())}"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        return [HEADER, *map(_cells, self.summary())]
 
     def _title(self) -> str:
         rows = len(self.context)
@@ -213,20 +211,3 @@ def _flatten(summary: Summary) -> dict[str, object]:
         for kind, value in getattr(summary, name)._asdict().items():
             record[f"{name}_{kind}"] = value
     return {**record, "worst_miss": summary.worst_miss}
-
-
-def _html_row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _optional(name: str) -> Any:
-    """Import a library that only pictures and tables need."""
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as error:
-        library = name.split(".")[0]
-        raise ImportError(
-            f"{library} is not installed; `pip install hisa-indexer[plot]` brings it"
-        ) from error
