@@ -13,6 +13,7 @@ from . import _extension, reference
 from ._version import __version__
 from .agreement import Comparison, compare
 from .checking import check
+from .module import HierarchicalIndexer
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
 from .quantize import quantize_fp8
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "HierarchicalIndexer",
     "PatchHandle",
     "Plan",
     "__version__",
