@@ -14,6 +14,7 @@ from ._version import __version__
 from .agreement import Comparison, Explanation, compare, explain
 from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
+from .module import HierarchicalIndexer
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
 from .quantize import quantize_fp8
@@ -27,6 +28,7 @@ __all__ = [
     "Comparison",
     "ExactSelection",
     "Explanation",
+    "HierarchicalIndexer",
     "PatchHandle",
     "Plan",
     "__version__",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from .checking import check_types
 
 # Shape and dtype; None is the dtype of k. Sizes of the same letter are equal: M rows, N keys, H
 # heads, D channels, P blocks, E edges of segments.
@@ -59,6 +60,54 @@ def check_contract(k: Tensor, *, block_size: int | None = None, **tensors: Tenso
     limited = (sizes.get("H", 1), sizes["D"], sizes["N"])
     if all(isinstance(size, int) for size in limited):
         module.check_sizes(*limited)
+
+
+def check_shape(
+    name: str,
+    tensor: Tensor,
+    letters: str,
+    sizes: dict[str, int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise if `tensor` is not of the shape `letters`, a dtype that was asked for, and the device.
+
+    Args:
+        letters: as in CONTRACT. A letter of which the size is not known yet gets it here.
+        sizes: what is known; changed in place.
+
+    Raises:
+        TypeError: not a tensor, or the dtype differs.
+        ValueError: the device or the shape differs.
+    """
+    check_types(Tensor, **{name: tensor})
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+    shape = letters.split()
+    known = ", ".join(f"{letter} = {sizes[letter]}" for letter in shape if letter in sizes)
+    message = _message(name, shape, dtype or tensor.dtype, tensor)
+    if known:
+        message = message.replace(", got ", f" with {known}, got ")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(message)
+    if tensor.dim() != len(shape):
+        raise ValueError(message)
+    for letter, size in zip(shape, tensor.shape, strict=True):
+        if size != sizes.setdefault(letter, size):
+            raise ValueError(message)
+
+
+def check_keys(name: str, k: Tensor) -> dict[str, int]:
+    """Return the sizes of batched keys, B, N and D, or of packed ones, N and D.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: neither [B, N, D] nor [N, D].
+    """
+    check_types(Tensor, **{name: k})
+    if k.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected [B, N, D] or [N, D], got {list(k.shape)}")
+    return dict(zip("BND" if k.dim() == 3 else "ND", k.shape, strict=True))
 
 
 def check_mask(mask: Tensor) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from .reference import FP8_MAX, MIN_SCALE
+from .settings import Settings
+
+FP8 = torch.float8_e4m3fn
 
 
 def quantize_fp8(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -38,7 +41,7 @@ def quantize_fp8(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tens
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2 ** exponent, from 0.5 on
         rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = torch.where(scale.isfinite(), rounded, scale)
-    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+    return (wide / scale[..., None]).to(FP8), scale
 
 
 def rotate_hadamard(x: Tensor) -> Tensor:
@@ -64,3 +67,36 @@ def rotate_hadamard(x: Tensor) -> Tensor:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     rotated: Tensor = x.float() @ (matrix * size**-0.5)
     return rotated
+
+
+def to_precision(settings: Settings, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Bring queries or keys to the dtype that scores them, quantised if that is wanted.
+
+    Args:
+        x: `[..., D]` floating-point. What is fp8 already stays as it is.
+        dtype: of `x` where it is scored, or from which it is quantised.
+
+    Returns:
+        `x`, and a scale for each vector where it was quantised: `[...]` float32.
+    """
+    if x.dtype == FP8:
+        return x, None
+    x = x.to(dtype)
+    if settings.precision == "model":
+        return x, None
+    return quantize_fp8(
+        rotate_hadamard(x) if settings.hadamard else x, power_of_two=settings.power_of_two
+    )
+
+
+def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
+    """Return the one dtype in which q and k are scored; sums are fp32 in any case.
+
+    What is fp8 already has no say.
+    """
+    q_dtype, k_dtype = (
+        k_dtype if q_dtype == FP8 else q_dtype,
+        q_dtype if k_dtype == FP8 else k_dtype,
+    )
+    dtype = torch.promote_types(q_dtype, k_dtype)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from .checking import check_types
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The keys that each query of one call may select.
+
+    `ks` and `ke` count within a batch entry; `packed_ks`, `packed_ke` and `cu_seqlens_k` count in
+    the keys of all entries laid end to end, [B * keys], as hisa.index takes them.
+    """
+
+    keys: int  # T: keys per batch entry
+    longest: int  # length of the longest window, or what it cannot exceed
+    ks: Tensor  # [B, S] int32
+    ke: Tensor  # [B, S] int32, equal to ks where a row is masked out entirely
+    packed_ks: Tensor  # [B, S] int32
+    packed_ke: Tensor  # [B, S] int32
+    cu_seqlens_k: Tensor  # [segments + 1] int32
+    _pruned: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+    def can_prune(self, block_size: int, block_topk: int) -> bool:
+        """Say whether a window is long enough for a block to be skipped, wherever it begins."""
+        return self.longest > (block_topk - 1) * block_size + 1
+
+    def pruned_rows(self, block_size: int, block_topk: int) -> int:
+        """Count the rows whose window meets more blocks than are kept."""
+        if not self.can_prune(block_size, block_topk):
+            return 0
+        key = (block_size, block_topk)
+        if key not in self._pruned:
+            starts = self.cu_seqlens_k[:-1]
+            segment = torch.searchsorted(starts, self.packed_ks, right=True) - 1
+            origin = starts[segment]
+            first = (self.packed_ks - origin).div(block_size, rounding_mode="floor")
+            last = (self.packed_ke - 1 - origin).div(block_size, rounding_mode="floor")
+            self._pruned[key] = int((last - first >= block_topk).sum())
+        return self._pruned[key]
 
 
 def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:

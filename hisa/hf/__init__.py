@@ -3,7 +3,7 @@
     models.py    which indexers are known, and what differs between them: one table row per model
     settings.py  the options of a patch, checked once
     masks.py     attention masks -> one range of keys per query, once per model forward
-    indexer.py   the patched forward: project, index, complete
+    indexer.py   the patched forward: project, select with a `HierarchicalIndexer`, complete
     slots.py     where a forward is put on a module, and how it is taken off again
     patching.py  patch() and the handle it returns
     status.py    what a handle reports

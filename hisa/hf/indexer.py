@@ -2,7 +2,7 @@
 
     keys      project, norm, RoPE, append to the cache      [B, S, hidden]  -> [B, T, D]
     queries   project, RoPE, a few rows at a time           [B, r, q_lora]  -> [B, r, H, D]
-    index     hisa.index over the whole batch, packed       [B * r, H, D]   -> [B * r, k] relative
+    select    a HierarchicalIndexer, for the whole batch    [B * r, H, D]   -> [B * r, k] relative
     complete  absolute positions, unused slots filled       [B * r, k]      -> [B * r, k] absolute
 
 Memory beyond the inputs and the result is bounded by CHUNK_BYTES, not by S or T.
@@ -10,20 +10,19 @@ Memory beyond the inputs and the result is bounded by CHUNK_BYTES, not by S or T
 
 from __future__ import annotations
 
+import functools
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-import hisa
-from hisa.quantize import quantize_fp8, rotate_hadamard
+from hisa.module import CHUNK_BYTES, CUDA_CHUNK_BYTES, HierarchicalIndexer, rows_per_chunk
+from hisa.quantize import scoring_dtype
+from hisa.windows import Windows
 
-from .masks import Windows
 from .models import IndexerSpec, rotary
 from .settings import Settings
-
-# Of projected queries handled together; weights are read once per chunk, and a GPU wants many rows.
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 128 << 20
 
 PositionEmbeddings = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
 Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
@@ -44,7 +43,7 @@ def select(
     Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
-    batch, length = hidden_states.shape[:2]
+    batch = hidden_states.shape[0]
     q_dtype = module.wq_b(q_resid[:1, :1]).dtype  # the rotation of the keys may depend on it
     k = project_keys(module, spec, hidden_states, position_embeddings, q_dtype)
     if cache is not None:
@@ -54,45 +53,39 @@ def select(
             f"attention_mask: expected one column for each of the {k.shape[1]} keys, "
             f"got {windows.keys}"
         )
-    width = min(settings.topk or module.index_topk, windows.keys)
-    selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
-    if selected.numel() == 0:
-        return selected
-
-    dtype = scoring_dtype(q_resid.dtype, k.dtype)
-    k, k_scale = to_precision(settings, k.to(dtype).flatten(0, 1))
-    options: dict[str, Any] = {
-        "k_scale": k_scale,
-        "cu_seqlens_k": windows.cu_seqlens_k,
-        "block_size": settings.block_size,
-        "pooling": settings.pooling,
-    }
+    topk = settings.topk or module.index_topk
+    width = min(topk, windows.keys)
     # A pruned row keeps block_topk - 2 whole blocks and at least one token each of the first and of
     # the last: no fewer than it has slots, with any but extreme settings.
     exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 1 + 1
-    pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
-    pooled = hisa.pool_keys(k, **options) if pruned else None
-    for start in range(0, length, step := rows_per_chunk(module, batch, dtype, k.is_cuda)):
-        rows = slice(start, start + step)
+
+    def project(rows: slice) -> tuple[Tensor, Tensor]:
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
         queries = project_queries(module, spec, q_resid[:, rows], cos_sin)
-        q, q_scale = to_precision(settings, queries.to(dtype).flatten(0, 1))
-        weights = project_weights(module, hidden_states[:, rows]).flatten(0, 1)
-        indices = hisa.index(
-            q,
-            k,
-            weights if q_scale is None else weights * q_scale,
-            ks=windows.packed_ks[:, rows].flatten(),
-            ke=windows.packed_ke[:, rows].flatten(),
-            pooled=pooled,
-            block_topk=settings.block_topk,
-            topk=width,
-            **options,
-        )
+        return queries, project_weights(module, hidden_states[:, rows])
+
+    def finish(indices: Tensor, rows: slice) -> Tensor:
         ks, ke = windows.ks[:, rows].reshape(-1, 1), windows.ke[:, rows].reshape(-1, 1)
-        filled = complete(indices, ks, ke, windows.keys, exhaustive=exhaustive)
-        selected[:, rows] = filled.view(batch, -1, width)
-    return selected
+        return complete(indices, ks, ke, windows.keys, exhaustive=exhaustive)
+
+    dtype = scoring_dtype(q_resid.dtype, k.dtype)
+    row_bytes = batch * module.n_heads * module.head_dim * dtype.itemsize
+    return hierarchical(settings, topk).select_rows(
+        project,
+        k,
+        windows,
+        step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
+        finish=finish,
+        prune=windows.pruned_rows(settings.block_size, settings.block_topk) > 0,
+        dtype=dtype,
+        topk=width,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def hierarchical(settings: Settings, topk: int) -> HierarchicalIndexer:
+    """Return the indexer that selects for all layers with these settings."""
+    return HierarchicalIndexer(**{**asdict(settings), "topk": topk})
 
 
 def project_keys(
@@ -141,27 +134,6 @@ def rotate(
     at = int(spec.rope_last)
     q_parts[at], k_parts[at] = rotary(spec)(q_parts[at], k_parts[at], *cos_sin, unsqueeze_dim=2)
     return torch.cat(q_parts, dim=-1), torch.cat(k_parts, dim=-1)
-
-
-def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
-    """Return the one dtype in which q and k are scored; sums are fp32 in any case."""
-    dtype = torch.promote_types(q_dtype, k_dtype)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def to_precision(settings: Settings, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Quantise queries [R, H, D] or keys [N, D] if that is wanted; a scale for each vector."""
-    if settings.precision == "model":
-        return x, None
-    return quantize_fp8(
-        rotate_hadamard(x) if settings.hadamard else x, power_of_two=settings.power_of_two
-    )
-
-
-def rows_per_chunk(module: Indexer, batch: int, dtype: torch.dtype, cuda: bool) -> int:
-    """Return how many rows of every batch entry fit in CHUNK_BYTES of queries; at least 1."""
-    row = batch * module.n_heads * module.head_dim * dtype.itemsize
-    return max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // int(row))
 
 
 def complete(indices: Tensor, ks: Tensor, ke: Tensor, keys: int, *, exhaustive: bool) -> Tensor:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hisa.module import HierarchicalIndexer
+
 
 @dataclass(frozen=True)
 class IndexerSpec:
@@ -79,6 +81,8 @@ def supported() -> str:
 
 def looks_like_indexer(name: str, module: nn.Module) -> bool:
     """Return whether `module`, registered as `name`, is some kind of sparse attention indexer."""
+    if isinstance(module, HierarchicalIndexer):
+        return False  # nothing to replace
     if _is_known(module) or type(module).__name__.endswith("Indexer"):
         return True
     wrapper = any(_is_known(inner) for inner in module.modules())  # of one that is found by itself
