@@ -1,0 +1,1 @@
+"""Checks for the tests of your own integration, and inputs to feed it."""
