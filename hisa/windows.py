@@ -48,3 +48,36 @@ def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, 
     start = cu_seqlens_k[:-1][sequence]
     seen = (cu_seqlens_k.diff() - queries)[sequence] + position + 1
     return start, (start + seen.clamp(min=0)).to(torch.int32)
+
+
+def clamp_windows(
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    *,
+    rows: int,
+    keys: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return windows as `hisa.index` reads them: inside of the keys, and of one segment.
+
+    Args:
+        ks, ke, cu_seqlens_k: those of `hisa.index`, already checked, on `device`.
+        rows: M.
+        keys: N.
+
+    Returns:
+        `(start, end, origin)`, all `[M]` int32: row m may select tokens `[start[m], end[m])` of the
+        segment that begins at `origin[m]`.
+    """
+    none = torch.zeros(rows, dtype=torch.int32, device=device)
+    start = none if ks is None else ks.clamp(0, keys)
+    end = none + keys if ke is None else ke.clamp(max=keys)
+    origin = none
+    if cu_seqlens_k is not None:
+        edges = cu_seqlens_k.contiguous()
+        past = torch.searchsorted(edges, start, right=True)
+        origin = edges[(past - 1).clamp(min=0)]
+        end = torch.minimum(end, edges[past.clamp(max=len(edges) - 1)])
+        end = torch.where(start < edges[0], start, end)
+    return start, torch.maximum(start, end), origin

@@ -13,6 +13,7 @@ from torch import Tensor
 from hisa import _extension
 from hisa.checking import check_index_types
 from hisa.ops import flat_index, index, pool_keys
+from hisa.windows import clamp_windows
 
 from .measures import Measures, measure
 from .report import Comparison, Setting
@@ -71,7 +72,9 @@ def compare(
     settings = _settings(block_size, block_topk, pooling)
     for setting in settings:
         _check(q, k, weights, k_scale, ks, ke, cu_seqlens_k, setting, topk)
-    start, end = _windows(k, q.shape[0], ks, ke, cu_seqlens_k)
+    start, end, _ = clamp_windows(
+        ks, ke, cu_seqlens_k, rows=q.shape[0], keys=k.shape[0], device=k.device
+    )
     pooled = {
         (s.block_size, s.pooling): pool_keys(
             k,
@@ -147,21 +150,6 @@ def _check(
     sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
     check_index_types(*tensors, None, *sizes, False)
     _extension.require().check_index(*tensors, None, None, *sizes)
-
-
-def _windows(
-    k: Tensor, rows: int, ks: Tensor | None, ke: Tensor | None, cu_seqlens_k: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return windows as `hisa.index` reads them: inside of the keys, and of one segment."""
-    n = k.shape[0]
-    none = torch.zeros(rows, dtype=torch.int32, device=k.device)
-    start = none if ks is None else ks.clamp(0, n)
-    end = none + n if ke is None else ke.clamp(max=n)
-    if cu_seqlens_k is not None:
-        edges = cu_seqlens_k.contiguous()
-        past = torch.searchsorted(edges, start, right=True).clamp(max=len(edges) - 1)
-        end = torch.where(start < edges[0], start, torch.minimum(end, edges[past]))
-    return start, torch.maximum(start, end)
 
 
 def _flat(
