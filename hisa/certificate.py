@@ -17,7 +17,7 @@ from . import _extension
 from .bounds import CHANNELS, Balls, make_balls, make_queries, slack
 from .checking import check_inputs, check_types
 from .ops import Pooled, flat_index, index, pool_keys
-from .windows import read_windows
+from .windows import clamp_windows
 
 CHUNK_BYTES = 256 * 2**20  # of queries and selections at a time
 BOUND_SIZES = (8, 16, 32, 64, 128, 256)
@@ -197,7 +197,9 @@ class _Call:
         for name, got in (("D", k.shape[1]), ("H", q.shape[1])):
             if got > most[name]:
                 raise ValueError(f"{name}: expected at most {most[name]} for a proof, got {got}")
-        start, end, origin = read_windows(len(q), len(k), ks, ke, cu_seqlens_k, k.device)
+        start, end, origin = clamp_windows(
+            ks, ke, cu_seqlens_k, rows=len(q), keys=len(k), device=k.device
+        )
         pooled = pool_keys(
             k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k, block_size=block_size, pooling=pooling
         )

@@ -88,28 +88,34 @@ def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, 
     return start, (start + seen.clamp(min=0)).to(torch.int32)
 
 
-def read_windows(
-    rows: int,
-    keys: int,
+def clamp_windows(
     ks: Tensor | None,
     ke: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    *,
+    rows: int,
+    keys: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the windows as the operators read them, whatever they hold.
+    """Return windows as `hisa.index` reads them: inside of the keys, and of one segment.
+
+    Args:
+        ks, ke, cu_seqlens_k: those of `hisa.index`, already checked, on `device`.
+        rows: M.
+        keys: N.
 
     Returns:
-        `(start, end, origin)`, `[rows]` int32: tokens `[start, end)` inside of the keys and of the
-        segment that begins at `origin`; `end = start` for an empty row. Reads nothing back from the
-        device.
+        `(start, end, origin)`, all `[M]` int32: row m may select tokens `[start[m], end[m])` of the
+        segment that begins at `origin[m]`. Nothing is read back from the device.
     """
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
-    start = zeros if ks is None else ks.clamp(0, keys)
-    end = zeros + keys if ke is None else ke.clamp(max=keys)
-    origin = zeros
+    none = torch.zeros(rows, dtype=torch.int32, device=device)
+    start = none if ks is None else ks.clamp(0, keys)
+    end = none + keys if ke is None else ke.clamp(max=keys)
+    origin = none
     if cu_seqlens_k is not None:
         edges = cu_seqlens_k.contiguous()
-        past = torch.searchsorted(edges, start, right=True).clamp(max=len(edges) - 1)
+        past = torch.searchsorted(edges, start, right=True)
         origin = edges[(past - 1).clamp(min=0)]
-        end = torch.where(start < edges[0], start, torch.minimum(end, edges[past]))
+        end = torch.minimum(end, edges[past.clamp(max=len(edges) - 1)])
+        end = torch.where(start < edges[0], start, end)
     return start, torch.maximum(start, end), origin

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hisa.testing import random_inputs
 from tests import oracle
 from tests.case import Case
 from tests.numeric import DTYPES, F32, FP8, decode
@@ -184,12 +185,8 @@ def as_tensor(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 def random_case(seed: int, dtype: torch.dtype, *, M: int = 6, N: int = 300, H: int = 4, D: int = 32,
                 **fields: Any) -> Case:  # fmt: skip
     """Return a call on normally distributed floats: inexact sums, hardly any tie."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(M, H, D, generator=generator).to(dtype)
-    k = torch.randn(N, D, generator=generator).to(dtype)
-    weights = torch.randn(M, H, generator=generator)
-    scale = torch.rand(N, generator=generator) + 0.5 if dtype == FP8 else None
-    return Case(**{"q": q, "k": k, "weights": weights, "k_scale": scale, **fields})
+    inputs = random_inputs(seed, M=M, N=N, H=H, D=D, dtype=dtype, causal=False)
+    return Case(**{**inputs, "ks": None, "ke": None, **fields})
 
 
 def causal(case: Case, start: int = 0) -> Case:

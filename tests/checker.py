@@ -7,13 +7,12 @@ oracle.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tests import oracle
+from hisa.testing import assert_valid_indices
 from tests.case import Case
 from tests.oracle import Expected
 
@@ -28,27 +27,17 @@ class Result(NamedTuple):
 def assert_valid_output(case: Case, result: Result, packed: bool = True) -> None:
     """Assert everything that SPEC.md says about an output of `index` (packed) or `flat_index`."""
     indices, scores = result
-    shape = (case.q.shape[0], case.topk)
-    assert indices.dtype == torch.int32 and tuple(indices.shape) == shape
-    assert scores.dtype == torch.float32 and tuple(scores.shape) == shape
+    assert len(indices) == len(case.q)
     assert indices.is_contiguous() and scores.is_contiguous()
     assert not indices.requires_grad and not scores.requires_grad
-    for row, (tokens, values) in enumerate(zip(indices.numpy(), scores.numpy(), strict=True)):
-        count = oracle.count_of_row(case, row, packed)
-        where = f"row {row} ({case.describe()})"
-        assert (tokens[count:] == -1).all(), f"{where}: slots from {count} on must be -1: {tokens}"
-        assert (values[count:] == -np.inf).all(), f"{where}: unused slots must score -inf"
-        valid = tokens[:count].astype(np.int64)
-        assert (valid >= 0).all(), f"{where}: {count} valid slots expected, got {tokens}"
-        assert (np.diff(valid) > 0).all(), f"{where}: not ascending and unique: {tokens}"
-        seen = oracle.window(case, row, packed)
-        if seen is None:
-            continue
-        assert (valid < seen.end - seen.start).all(), f"{where}: outside the window: {tokens}"
-        if packed:
-            first = (valid + seen.start - seen.origin) // case.block_size
-            kept = len(np.unique(first))
-            assert kept <= case.block_topk, f"{where}: tokens of {kept} blocks"
+    call: dict[str, Any] = {"ks": case.ks, "ke": case.ke, "topk": case.topk, "scores": scores}
+    if packed:
+        call.update(cu_seqlens_k=case.cu_seqlens_k, block_size=case.block_size,
+                    block_topk=case.block_topk)  # fmt: skip
+    try:
+        assert_valid_indices(indices, keys=len(case.k), **call)
+    except AssertionError as error:
+        raise AssertionError(f"{error} ({case.describe()})") from None
 
 
 def assert_same(result: Result, expected: Expected, note: str = "") -> None:

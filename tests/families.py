@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hisa.testing.rounding import DOT_ROUNDOFF
 from tests.case import Case
 from tests.checker import Result, assert_valid_output
 from tests.numeric import FP8
@@ -30,7 +31,7 @@ class Family:
     isa: str | None = None  # what hisa._C.set_cpu_isa takes
     module: str = "hisa"  # the module that has index, flat_index and pool_keys
     cpu_order: bool = True  # sums run in the order that the CPU path documents
-    dot_roundoff: float = 2.0**-24  # unit roundoff of the sums inside a dot product
+    dot_roundoff: float = DOT_ROUNDOFF["cpu"]  # unit roundoff of the sums inside a dot product
 
     @contextmanager
     def active(self) -> Iterator[Family]:
@@ -94,7 +95,7 @@ class Family:
         return result
 
 
-CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=2.0**-22)
+CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=DOT_ROUNDOFF["cuda"])
 REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
 
 FAMILIES = (

@@ -1,19 +1,6 @@
 """The interval oracle: what may be selected when fp32 rounding is not exact.
 
-For scores computed in fp32 in any order, with unit roundoff u = 2^-24 (a family may state a larger
-one for its dot products) and g(n) = (n + 1) u / (1 - (n + 1) u), standard error analysis gives
-
-    dot     |dot^ - dot| <= g(D) * sum_d |q_d * k_d|
-    head    relu is 1-Lipschitz, so each head adds |w_h| * that, and the sum over heads adds
-            g(H) * sum_h |w_h| * (relu(dot_h) + its error)
-    scale   one more rounding
-
-which is `eps` below, computed in fp64 from the magnitudes of the terms. The fused or unfused
-product is covered by the `+ 1`. Underflow is negligible for the inputs used here.
-
-A selection is right if no unselected token is better than a selected one beyond both their bounds:
-min over selected of (s + eps) >= max over unselected of (s - eps). With equal eps this is the bound
-t_k +- 2 eps around the row's threshold.
+The bounds are those of `hisa.testing.rounding`, on values decoded without torch's casts.
 """
 
 from __future__ import annotations
@@ -22,30 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hisa.testing.rounding import UNIT, gamma, score_bounds
 from tests import oracle
 from tests.case import Case
 from tests.numeric import F32, FP8, decode
 
 F64 = NDArray[np.float64]
-UNIT = 2.0**-24
-
-
-def gamma(terms: int, unit: float = UNIT) -> float:
-    """Relative error bound of a sum of `terms` products."""
-    return (terms + 1) * unit / (1 - (terms + 1) * unit)
 
 
 def scores(q: F32, k: F32, weights: F32, scale: F32, dot_unit: float = UNIT) -> tuple[F64, F64]:
     """Return the fp64 scores of keys [n, D] for one query [H, D], and their error bounds."""
-    query, keys = q.astype(np.float64), k.astype(np.float64)
-    heads, factor = weights.astype(np.float64), scale.astype(np.float64)
-    dots = keys @ query.T  # [n, H]
-    error = gamma(q.shape[1], dot_unit) * (np.abs(keys) @ np.abs(query).T)
-    relu = np.maximum(dots, 0)
-    total = relu @ heads
-    bound = error @ np.abs(heads)
-    bound += gamma(len(heads)) * ((relu + error) @ np.abs(heads))
-    return factor * total, np.abs(factor) * (bound * (1 + UNIT) + UNIT * np.abs(total))
+    one = [torch.from_numpy(x) for x in (q[None], k, weights[None], scale)]
+    exact, eps = score_bounds(*one, dot_roundoff=dot_unit)
+    return exact[0].numpy(), eps[0].numpy()
 
 
 def assert_selected(chosen: NDArray[np.bool_], exact: F64, eps: F64, note: str) -> None:

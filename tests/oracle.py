@@ -210,22 +210,6 @@ def fill(out: Expected, row: int, tokens: NDArray[np.int64], scores: F32, start:
     out.scores[row, : len(chosen)] = scores[chosen]
 
 
-def count_of_row(case: Case, row: int, packed: bool = True) -> int:
-    """Return the number of valid slots of a row; it does not depend on any score.
-
-    The first and the last block are always kept and all others are complete, so the number of
-    tokens in kept blocks is known without knowing which blocks are kept.
-    """
-    seen = window(case, row, packed)
-    if seen is None:
-        return 0
-    tokens = seen.end - seen.start
-    if packed and len(candidates(case, seen)) > case.block_topk:
-        dropped = len(candidates(case, seen)) - case.block_topk
-        tokens -= dropped * case.block_size
-    return min(case.topk, tokens)
-
-
 def as_pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled keys as the tensors that `index(pooled=...)` takes."""
     pooled, scale, _ = pool_keys(case)

@@ -19,6 +19,7 @@ from torch import Tensor
 import hisa
 from hisa.agreement import Comparison, Setting, comparing
 from hisa.agreement.measures import Measures, measure
+from hisa.testing import needle_inputs
 from tests import oracle
 from tests.builders import causal, exact_case, int32, random_case
 from tests.case import Case
@@ -82,12 +83,7 @@ def test_the_inputs_lose_something() -> None:
 
 def hot_token(topk: int = 16) -> Case:
     """One token far above all others, in a block whose other keys point the other way."""
-    k = torch.zeros(128, 16)
-    k[:, 0] = 1
-    k[40:48, 0] = -8
-    k[43, 0] = 20
-    k[torch.arange(0, 128, 8)] *= 1.5
-    return Case(q=torch.ones(1, 1, 16), k=k, weights=torch.ones(1, 1), block_topk=4, topk=topk)
+    return Case(**needle_inputs(43, block_size=8, N=128, H=1, D=16), block_topk=4, topk=topk)
 
 
 def test_one_hot_token_in_a_cold_block(device: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hisa
 from hisa import bounds, certificate
-from hisa.windows import read_windows
+from hisa.windows import clamp_windows
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.numeric import DTYPES, FP8, short_name
@@ -29,8 +29,8 @@ def arguments(case: Case, **changes: Any) -> dict[str, Any]:
 
 def flat(case: Case) -> tuple[Tensor, Tensor]:
     """What flat selects in the windows that the hierarchical indexer reads."""
-    start, end, _ = read_windows(len(case.q), len(case.k), case.ks, case.ke, case.cu_seqlens_k,
-                                 case.k.device)  # fmt: skip
+    start, end, _ = clamp_windows(case.ks, case.ke, case.cu_seqlens_k, rows=len(case.q),
+                                  keys=len(case.k), device=case.k.device)  # fmt: skip
     indices, scores = hisa.flat_index(case.q, case.k, case.weights, k_scale=case.k_scale, ks=start,
                                       ke=end, topk=case.topk, return_scores=True)  # fmt: skip
     return indices, scores

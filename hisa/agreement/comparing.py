@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hisa.checking import check_inputs
 from hisa.ops import flat_index, index, pool_keys
-from hisa.windows import read_windows
+from hisa.windows import clamp_windows
 
 from .measures import Measures, measure
 from .report import Comparison, Setting
@@ -72,7 +72,9 @@ def compare(
     for setting in settings:
         sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
         check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
-    start, end, _ = read_windows(q.shape[0], k.shape[0], ks, ke, cu_seqlens_k, k.device)
+    start, end, _ = clamp_windows(
+        ks, ke, cu_seqlens_k, rows=q.shape[0], keys=k.shape[0], device=k.device
+    )
     pooled = {
         (s.block_size, s.pooling): pool_keys(
             k,
