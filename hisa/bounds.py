@@ -21,6 +21,7 @@ from torch import Tensor
 CHANNELS = 16  # that a query and a ball have more than a key: the first holds the radius
 CHUNK_BYTES = 64 * 2**20  # of keys in fp32 at a time
 SAFE = 1 + 2.0**-10  # covers the rounding of norms in fp32
+DOT_ROUNDOFF = {"cpu": 2.0**-24, "cuda": 2.0**-22}  # unit roundoff of sums: tensor cores truncate
 LIMIT = 2.0**100  # keys from here on count as not finite
 
 
@@ -138,9 +139,8 @@ def slack(q: Tensor, asked: BallQueries, balls: Balls) -> Tensor:
         balls: all that there are.
     """
     heads, dim = q.shape[1], q.shape[2]
-    on_cpu = q.device.type == "cpu"
     token = (dim + 2) * dot_roundoff(q) + (heads + 3) * 2.0**-24
-    ball = (dim + CHANNELS + 2) * (2.0**-24 if on_cpu else 2.0**-22) + (heads + 4) * 2.0**-24
+    ball = (dim + CHANNELS + 2) * DOT_ROUNDOFF[q.device.type] + (heads + 4) * 2.0**-24
     rounding = asked.reach * balls.longest * (token + 3.1 * ball) * 1.01
     underflow = (asked.weights.abs().sum(1) + 1) * balls.top_scale * (dim + heads) * 2.0**-124
     return rounding + underflow + 2.0**-120
@@ -148,13 +148,11 @@ def slack(q: Tensor, asked: BallQueries, balls: Balls) -> Tensor:
 
 def dot_roundoff(q: Tensor) -> float:
     """Return the unit roundoff of dot products with this tensor on its device."""
-    if q.device.type == "cpu":
-        return 2.0**-24
-    if q.dtype == torch.float8_e4m3fn:
+    if q.device.type == "cuda" and q.dtype == torch.float8_e4m3fn:
         capability = torch.cuda.get_device_capability(q.device)
         if capability == (8, 9) or capability[0] >= 12:  # fp8 tensor cores, which keep few bits
             return 2.0**-12
-    return 2.0**-22
+    return DOT_ROUNDOFF[q.device.type]
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

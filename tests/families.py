@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisa.testing.rounding import DOT_ROUNDOFF
+from hisa.bounds import DOT_ROUNDOFF
 from tests.case import Case
 from tests.checker import Result, assert_valid_output
 from tests.numeric import FP8

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hisa.bounds import dot_roundoff as default_dot_roundoff
 from hisa.checking import OPTIONAL, check_types
 from hisa.contract import check_contract
 from hisa.windows import clamp_windows
 
 from .form import assert_valid_indices, first_true, row_chunks
-from .rounding import DOT_ROUNDOFF, UNIT, score_bounds
+from .rounding import score_bounds
 
 KEYS = 4096  # scored at a time
 PAIR_BYTES = 64  # of [M, H, KEYS] and of [M, N], for the rows at hand
@@ -74,7 +75,7 @@ def assert_matches_flat(
     indices = indices.to(device)
     scale = torch.ones(keys, device=device) if k_scale is None else k_scale
     if dot_roundoff is None:
-        dot_roundoff = DOT_ROUNDOFF.get(device.type, UNIT)
+        dot_roundoff = default_dot_roundoff(q)
 
     for at in row_chunks(rows, PAIR_BYTES * (heads * min(KEYS, keys) + keys)):
         seen = slice(int(start[at].min()), int(end[at].max()))

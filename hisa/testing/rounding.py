@@ -27,9 +27,6 @@ UNIT = 2.0**-24
 TINY = 2.0**-126  # the smallest normal fp32
 LARGEST = torch.finfo(torch.float32).max
 
-# Unit roundoff of the sums inside a dot product, by type of device: tensor cores truncate.
-DOT_ROUNDOFF = {"cpu": UNIT, "cuda": 2.0**-22}
-
 
 def gamma(terms: int, unit: float = UNIT) -> float:
     """Relative error bound of a sum of `terms` products."""
