@@ -79,7 +79,7 @@ def certify(
     block_topk: int = 64,
     topk: int = 2048,
     pooling: str = "mean",
-    bound_size: int = 16,
+    bound_size: int | None = None,
 ) -> Certificate:
     """Select hierarchically, and prove for as many rows as possible that flat would do the same.
 
@@ -92,7 +92,7 @@ def certify(
         q, k, weights, k_scale, ks, ke, cu_seqlens_k, block_size, block_topk, topk, pooling: as for
             `hisa.index`, but D is at most 240 and H at most 127.
         bound_size: keys that share a bound, at most `block_size`: 8, 16, 32, 64, 128 or 256. Fewer
-            give tighter bounds at a higher cost.
+            give tighter bounds at a higher cost. By default 64, or `block_size` if that is less.
 
     Returns:
         A `Certificate`, of tensors on the device of k. Nothing is read back from the device.
@@ -125,7 +125,7 @@ def exact_index(
     block_topk: int = 64,
     topk: int = 2048,
     pooling: str = "mean",
-    bound_size: int = 16,
+    bound_size: int | None = None,
 ) -> ExactSelection:
     """Select flat's tokens, by the hierarchical indexer wherever that can be proved.
 
@@ -182,10 +182,11 @@ class _Call:
         block_topk: int,
         topk: int,
         pooling: str,
-        bound_size: int,
+        bound_size: int | None,
     ) -> _Call:
         sizes = (block_size, block_topk, topk, pooling)
         check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
+        bound_size = min(64, block_size) if bound_size is None else bound_size
         check_types(int, bound_size=bound_size)
         if bound_size not in BOUND_SIZES or bound_size > block_size:
             raise ValueError(

@@ -286,6 +286,18 @@ def test_every_size_of_blocks_and_balls(device: str) -> None:
                 assert_true(case.replace(**sizes).to(device), bound_size=bound_size)
 
 
+def test_default_size_of_balls(device: str) -> None:
+    """64 keys share a bound, or a block where that has fewer."""
+    case = clusters(4, torch.float32, 0.01, keys=4096).to(device)
+    for block_size, used in ((8, 8), (32, 32), (64, 64), (256, 64)):
+        sizes = {"block_size": block_size, "block_topk": 4}
+        given, chosen = (
+            hisa.certify(case.q, case.k, case.weights, **arguments(case, **sizes, bound_size=size))
+            for size in (None, used)
+        )
+        assert same_bytes(given.margin, chosen.margin)
+
+
 def test_two_blocks(device: str) -> None:
     """With block_topk = 2 no block between the first and the last is kept."""
     assert_true(clusters(5, torch.float16, 0.01, block_topk=2).to(device))
