@@ -51,7 +51,7 @@ NAMES := $(if $(V),cat,sed -uEn 's%^ *(Collecting|Processing) ([^ ]*/)?([^ ]+).*
 WORKERS = $$($(PY) -c 'import xdist; print("--numprocesses $(JOBS) --dist worksteal")' 2>/dev/null)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(WORKERS)
 
-.PHONY: help demo test test-long test-gpu-long test-cuda-fp8 lint format bench build sanitize \
+.PHONY: help demo test test-long test-gpu-long test-cuda-fp8 lint format docs bench build sanitize \
   sanitize-cuda clean
 
 help: ## this list
@@ -95,6 +95,9 @@ format: $(READY) ## rewrite Python and C++ to the project's format
 	$(PY) -m ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs clang-format -i
+
+docs: $(READY) ## the documentation site, in build/docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(READY) ## the benchmarks (ARGS=--help lists them)
 	$(PY) -m benchmarks $(ARGS)

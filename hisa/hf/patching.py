@@ -96,7 +96,7 @@ def patch(
 
     Only the given instances change. Patching again replaces the settings; `remove()` then restores
     the true originals. state_dict, `save_pretrained`, pickling and deepcopy see an unpatched model.
-    A `torch.compile`d model breaks its graph at each patched indexer.
+    A compiled model breaks its graph at each patched indexer.
 
     Args:
         model: Any module that contains supported indexers, or is one.
