@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _extension, reference
 from ._version import __version__
-from .agreement import Comparison, Explanation, compare, explain
+from .agreement import Comparison, Explanation, Recommendation, compare, explain, recommend
 from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
 from .module import HierarchicalIndexer
@@ -31,6 +31,7 @@ __all__ = [
     "HierarchicalIndexer",
     "PatchHandle",
     "Plan",
+    "Recommendation",
     "__version__",
     "build_info",
     "causal_windows",
@@ -45,6 +46,7 @@ __all__ = [
     "plan",
     "pool_keys",
     "quantize_fp8",
+    "recommend",
     "reference",
 ]
 
