@@ -21,7 +21,7 @@ from .quantize import quantize_fp8
 from .windows import causal_windows
 
 if TYPE_CHECKING:
-    from .hf import PatchHandle, patch
+    from .hf import PatchHandle, capture, load_capture, patch
 
 __all__ = [
     "Certificate",
@@ -34,6 +34,7 @@ __all__ = [
     "Recommendation",
     "__version__",
     "build_info",
+    "capture",
     "causal_windows",
     "certify",
     "check",
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "flat_index",
     "index",
+    "load_capture",
     "patch",
     "plan",
     "pool_keys",
@@ -61,8 +63,8 @@ def build_info() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> object:
-    """Import the Hugging Face patch when it is first asked for."""
-    if name in ("patch", "PatchHandle"):
+    """Import what is for Hugging Face models when it is first asked for."""
+    if name in ("patch", "PatchHandle", "capture", "load_capture"):
         from . import hf
 
         return getattr(hf, name)
