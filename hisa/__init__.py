@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _extension, reference
 from ._version import __version__
-from .agreement import Comparison, Explanation, compare, explain
+from .agreement import Comparison, Explanation, Recommendation, compare, explain, recommend
 from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
 from .module import HierarchicalIndexer
@@ -21,7 +21,7 @@ from .quantize import quantize_fp8
 from .windows import causal_windows
 
 if TYPE_CHECKING:
-    from .hf import PatchHandle, patch
+    from .hf import PatchHandle, capture, load_capture, patch
 
 __all__ = [
     "Certificate",
@@ -31,8 +31,10 @@ __all__ = [
     "HierarchicalIndexer",
     "PatchHandle",
     "Plan",
+    "Recommendation",
     "__version__",
     "build_info",
+    "capture",
     "causal_windows",
     "certify",
     "check",
@@ -41,10 +43,12 @@ __all__ = [
     "explain",
     "flat_index",
     "index",
+    "load_capture",
     "patch",
     "plan",
     "pool_keys",
     "quantize_fp8",
+    "recommend",
     "reference",
 ]
 
@@ -59,8 +63,8 @@ def build_info() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> object:
-    """Import the Hugging Face patch when it is first asked for."""
-    if name in ("patch", "PatchHandle"):
+    """Import what is for Hugging Face models when it is first asked for."""
+    if name in ("patch", "PatchHandle", "capture", "load_capture"):
         from . import hf
 
         return getattr(hf, name)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from .comparing import compare
 from .explaining import explain
 from .explanation import Block, Explanation, Lost
+from .recommending import Candidate, Recommendation, recommend
 from .report import Comparison, Setting, Statistics, Summary
 
 __all__ = [
     "Block",
+    "Candidate",
     "Comparison",
     "Explanation",
     "Lost",
+    "Recommendation",
     "Setting",
     "Statistics",
     "Summary",
     "compare",
     "explain",
+    "recommend",
 ]

@@ -68,7 +68,34 @@ def compare(
     16 bytes per row and setting, and 256 MiB at most for the rows at hand, beside what the
     operators take.
     """
-    settings = _settings(block_size, block_topk, pooling)
+    return compare_settings(
+        q,
+        k,
+        weights,
+        k_scale=k_scale,
+        ks=ks,
+        ke=ke,
+        cu_seqlens_k=cu_seqlens_k,
+        settings=combine(block_size, block_topk, pooling),
+        topk=topk,
+        progress=progress,
+    )
+
+
+def compare_settings(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    k_scale: Tensor | None,
+    ks: Tensor | None,
+    ke: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    settings: tuple[Setting, ...],
+    topk: int,
+    progress: bool,
+) -> Comparison:
+    """Compare as `compare` does, under just these settings."""
     for setting in settings:
         sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
         check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
@@ -89,7 +116,7 @@ def compare(
     found: list[list[Measures]] = [[] for _ in settings]
     rows = max(1, CHUNK_BYTES // (SLOT_BYTES * topk))
     chunks = [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
-    with _progress(len(chunks) * (2 + len(settings)), progress) as step:
+    with progress_bar("hisa.compare", len(chunks) * (2 + len(settings)), progress) as step:
         for at in chunks:
             row = {"k_scale": k_scale, "ks": start[at], "ke": end[at]}
             flat = _flat(q[at], k, weights[at], row, topk)
@@ -121,7 +148,7 @@ def compare(
     )
 
 
-def _settings(
+def combine(
     block_size: OneOrMore, block_topk: OneOrMore, pooling: str | Sequence[str]
 ) -> tuple[Setting, ...]:
     """Return every combination."""
@@ -148,7 +175,7 @@ def _gather(found: list[list[Measures]], name: str) -> Tensor:
 
 
 @contextmanager
-def _progress(steps: int, wanted: bool) -> Iterator[Callable[[], object]]:
+def progress_bar(title: str, steps: int, wanted: bool) -> Iterator[Callable[[], object]]:
     """Show a bar; the caller reports each step."""
     try:
         from tqdm.auto import tqdm
@@ -157,5 +184,5 @@ def _progress(steps: int, wanted: bool) -> Iterator[Callable[[], object]]:
     if not wanted:
         yield lambda: None
         return
-    with tqdm(total=steps, desc="hisa.compare", unit="step", delay=2, leave=False) as bar:
+    with tqdm(total=steps, desc=title, unit="step", delay=2, leave=False) as bar:
         yield lambda: bar.update()

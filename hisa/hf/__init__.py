@@ -7,12 +7,23 @@
     slots.py     where a forward is put on a module, and how it is taken off again
     patching.py  patch() and the handle it returns
     status.py    what a handle reports
+    capturing.py capture(): records what indexers score
 
 Nothing here imports transformers: indexers are recognised on the model that is given.
 """
 
+from .capturing import Captured, capture, load_capture
 from .patching import PatchHandle, patch
 from .settings import Settings
 from .status import LayerStatus, Status
 
-__all__ = ["LayerStatus", "PatchHandle", "Settings", "Status", "patch"]
+__all__ = [
+    "Captured",
+    "LayerStatus",
+    "PatchHandle",
+    "Settings",
+    "Status",
+    "capture",
+    "load_capture",
+    "patch",
+]
