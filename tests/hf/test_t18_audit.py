@@ -123,20 +123,33 @@ def test_nothing_is_drawn(
     assert len(str(handle.report()).splitlines()) == 2
 
 
-def test_memory_is_bounded(deepseek: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many rows: a random half of them stays, and half as many are added from then on."""
-    monkeypatch.setattr(auditing, "MOST_ROWS", 100)
+def test_sampled_rows(deepseek: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is judged by its own queries, weights, window and selection."""
     with hisa.patch(deepseek, **PRUNING, audit=1.0) as handle:
-        deepseek(tokens(1, 90))
-        whole = handle.report().layers
-        assert all(len(layer.context) == 90 for layer in whole.values())
-        for _ in range(40):
-            deepseek(tokens(1, 90))
+        deepseek(tokens(2, 90))
+    whole = handle.report().layers
+    rows = torch.tensor([3, 59, 89, 150, 179])
+    monkeypatch.setattr(auditing.LayerAudit, "_draw", lambda *_: rows)
+    with hisa.patch(deepseek, **PRUNING, audit=0.1) as handle:
+        deepseek(tokens(2, 90))
+    for name, layer in handle.report().layers.items():
+        for measure in MEASURES:
+            expected = getattr(whole[name], measure)[..., rows]
+            assert torch.equal(getattr(layer, measure), expected), measure
+
+
+def test_memory_is_bounded(deepseek: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is full, a random half stays, and half as many rows are added from then on."""
+    monkeypatch.setattr(auditing, "MOST_ROWS", 1000)
+    with hisa.patch(deepseek, **PRUNING, audit=1.0) as handle:
+        for length in [10] * 80 + [100] * 8:  # as many rows of each length
+            deepseek(tokens(8, length))
             kept = [len(layer.context) for layer in handle.report().layers.values()]
-            assert max(kept) <= 100
-    assert min(kept) > 25
+            assert max(kept) <= 1000
+    assert min(kept) > 300
     for layer in handle.report().layers.values():
-        assert 20 < float(layer.context.double().mean()) < 71
+        later = float((layer.context > 10).double().mean())
+        assert 0.37 < later < 0.53, "the kept rows prefer a part of the run; expected 0.45"
 
 
 def test_off(deepseek: Any, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
