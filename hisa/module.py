@@ -35,6 +35,7 @@ CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 128 << 20
 Projection = Callable[..., Tensor]
 Rows = Callable[[slice], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
 Finish = Callable[[Tensor, slice], Tensor]  # indices [B * r, k], rows -> what is returned for them
+Index = Callable[..., Tensor]  # the arguments and the result of `hisa.index`
 
 
 class HierarchicalIndexer(nn.Module):
@@ -246,6 +247,7 @@ class HierarchicalIndexer(nn.Module):
         k_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
         topk: int | None = None,
+        index: Index | None = None,
     ) -> Tensor:
         """Select `step` rows of every batch entry at a time: what all ways to select share.
 
@@ -261,6 +263,7 @@ class HierarchicalIndexer(nn.Module):
             k_scale: `[B, N]` float32.
             dtype: in which to score, or to quantise from; absent, what holds queries and keys.
             topk: instead of the indexer's own.
+            index: runs in place of `hisa.index`.
 
         Returns:
             `[B, S, topk]` int32.
@@ -289,7 +292,7 @@ class HierarchicalIndexer(nn.Module):
                 pooled = hisa.pool_keys(k, **options) if prune else None
             q, q_scale = to_precision(settings, queries.flatten(0, 1), dtype)
             weights = weights.flatten(0, 1).float()
-            indices = hisa.index(
+            indices = (index or hisa.index)(
                 q,
                 k,
                 weights if q_scale is None else weights * q_scale,

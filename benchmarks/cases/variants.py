@@ -23,8 +23,8 @@ from benchmarks.harness import Bench
 HEADS, DIM, BLOCK, BUDGET, TOPK = 16, 64, 128, 16, 512
 VERDICT = """
 Beside the mean, no other variant pays here. The maximum finds more of single long keys and much
-less of all else, so it stays an option. Both together cost more and find no more than the better one.
-Whole blocks lose a third or more. Superblocks save little, since refining costs most of it: 4% of
+less of all else, so it stays an option. Both together cost more and find no more than the better
+one. Whole blocks lose a third or more. Superblocks save little, since refining costs most: 4% of
 the scores for 1 to 3% of the recall, at 256 blocks a row; they may be worth another look at a
 million keys, where the coarse stage is the larger part. A quarter of the heads misjudges blocks."""
 SUPER = 8  # blocks of a superblock

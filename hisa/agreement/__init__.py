@@ -5,6 +5,7 @@ from __future__ import annotations
 from .comparing import compare
 from .explaining import explain
 from .explanation import Block, Explanation, Lost
+from .layers import LayerReport
 from .recommending import Candidate, Recommendation, recommend
 from .report import Comparison, Setting, Statistics, Summary
 
@@ -13,6 +14,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Explanation",
+    "LayerReport",
     "Lost",
     "Recommendation",
     "Setting",

@@ -114,14 +114,14 @@ def compare_settings(
     }
 
     found: list[list[Measures]] = [[] for _ in settings]
-    rows = max(1, CHUNK_BYTES // (SLOT_BYTES * topk))
+    rows = rows_at_a_time(topk)
     chunks = [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
     with progress_bar("hisa.compare", len(chunks) * (2 + len(settings)), progress) as step:
         for at in chunks:
             row = {"k_scale": k_scale, "ks": start[at], "ke": end[at]}
-            flat = _flat(q[at], k, weights[at], row, topk)
+            flat = select_flat(q[at], k, weights[at], row, topk)
             step()
-            lowest = -_flat(q[at], k, -weights[at], row, 1)[1][:, 0]
+            lowest = find_lowest(q[at], k, weights[at], row)
             step()
             for setting, measures in zip(settings, found, strict=True):
                 chosen = index(
@@ -161,10 +161,21 @@ def combine(
     return tuple(itertools.starmap(Setting, itertools.product(sizes, budgets, poolings)))
 
 
-def _flat(
+def rows_at_a_time(topk: int) -> int:
+    """Return how many rows to compare together."""
+    return max(1, CHUNK_BYTES // (SLOT_BYTES * topk))
+
+
+def select_flat(
     q: Tensor, k: Tensor, weights: Tensor, row: dict[str, Tensor | None], topk: int
 ) -> Selection:
+    """Select by the flat indexer; `row` is its `k_scale`, `ks` and `ke`."""
     return cast(Selection, flat_index(q, k, weights, **row, topk=topk, return_scores=True))
+
+
+def find_lowest(q: Tensor, k: Tensor, weights: Tensor, row: dict[str, Tensor | None]) -> Tensor:
+    """Return the lowest score in each row's window, `[M]`: the highest for opposite weights."""
+    return -select_flat(q, k, -weights, row, 1)[1][:, 0]
 
 
 def _gather(found: list[list[Measures]], name: str) -> Tensor:

@@ -130,20 +130,12 @@ class Comparison:
             ImportError: matplotlib is not installed; says how to get it.
             ValueError: `measure` is none of these.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"measure: expected one of {', '.join(MEASURES)}, got {measure!r}")
-        pyplot = optional("matplotlib.pyplot")
-        ax = pyplot.subplots()[1] if ax is None else ax
+        ax = axes_for(measure, ax)
         for i, setting in enumerate(self.settings):
             groups = [self._summarise(i, which) for which in self._groups()]
-            context = [group.longest for group in groups]
-            values = [getattr(group, measure) for group in groups]
-            (line,) = ax.plot(context, [v.mean for v in values], marker="o", label=str(setting))
-            ax.fill_between(context, [v.p1 for v in values], [v.mean for v in values],
-                            alpha=0.15, color=line.get_color())  # fmt: skip
+            draw(ax, measure, [group.longest for group in groups], groups, str(setting))
         ax.set_xscale("log", base=2)
         ax.set_xlabel("context length, tokens")
-        ax.set_ylabel(f"{measure}: mean, and down to the 1st percentile")
         ax.legend(title=f"topk {self.topk}")
         return ax
 
@@ -157,7 +149,7 @@ class Comparison:
         return f"<p>{html.escape(self._title())}</p>{html_table(self._table())}"
 
     def _table(self) -> list[tuple[str, ...]]:
-        return [HEADER, *map(_cells, self.summary())]
+        return [HEADER, *map(cells, self.summary())]
 
     def _title(self) -> str:
         rows = len(self.context)
@@ -194,7 +186,30 @@ def _statistics(values: Tensor) -> Statistics:
     return Statistics(float(values.double().mean()), float(ordered[first]), float(ordered[0]))
 
 
-def _cells(summary: Summary) -> tuple[str, ...]:
+def axes_for(measure: str, ax: Axes | None) -> Axes:
+    """Return axes, new ones by default, for `draw` to draw a measure into.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no such measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure: expected one of {', '.join(MEASURES)}, got {measure!r}")
+    pyplot = optional("matplotlib.pyplot")
+    axes: Axes = pyplot.subplots()[1] if ax is None else ax
+    axes.set_ylabel(f"{measure}: mean, and down to the 1st percentile")
+    return axes
+
+
+def draw(ax: Axes, measure: str, at: list[int], summaries: list[Summary], label: str) -> None:
+    """Draw a line through the means, and a band down to the 1st percentile."""
+    values = [getattr(summary, measure) for summary in summaries]
+    means = [v.mean for v in values]
+    (line,) = ax.plot(at, means, marker="o", label=label)
+    ax.fill_between(at, [v.p1 for v in values], means, alpha=0.15, color=line.get_color())
+
+
+def cells(summary: Summary) -> tuple[str, ...]:
     """Return a row of the table, in the order of HEADER."""
     recall = (f"{value:.4f}" for value in summary.recall)
     means = (f"{summary.iou.mean:.4f}", f"{summary.mass.mean:.4f}")

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .audit import LayerAudit
 from .indexer import select
 from .masks import WindowCache, Windows
 from .models import IndexerSpec
@@ -64,6 +65,7 @@ class PatchedForward(Replacement):
         "_fallbacks",
         "_pruned_rows",
         "_rows",
+        "audit",
         "layer",
         "name",
         "shared",
@@ -71,13 +73,20 @@ class PatchedForward(Replacement):
     )
 
     def __init__(
-        self, name: str, layer: int, module: nn.Module, spec: IndexerSpec, shared: Shared
+        self,
+        name: str,
+        layer: int,
+        module: nn.Module,
+        spec: IndexerSpec,
+        shared: Shared,
+        audit: LayerAudit | None,
     ) -> None:
         super().__init__(module)
         self.name = name
         self.layer = layer  # its number among the indexers of the patch
         self.spec = spec
         self.shared = shared
+        self.audit = audit
         self._calls = self._rows = self._pruned_rows = 0
         self._fallbacks: Counter[str] = Counter()
 
@@ -120,6 +129,7 @@ class PatchedForward(Replacement):
             q_resid,
             position_embeddings,
             cache,
+            self.audit,
         )
         self._count(found, batch * queries)
         if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hisa.module import CHUNK_BYTES, CUDA_CHUNK_BYTES, HierarchicalIndexer, rows_per_chunk
+from hisa.module import CHUNK_BYTES, CUDA_CHUNK_BYTES, HierarchicalIndexer, Index, rows_per_chunk
 from hisa.quantize import scoring_dtype
 from hisa.windows import Windows
 
@@ -37,8 +37,11 @@ def select(
     q_resid: Tensor,
     position_embeddings: PositionEmbeddings,
     cache: Any | None,
+    index: Index | None = None,
 ) -> Tensor:
     """Return the selected positions of every query, [B, S, min(topk, T)] int32.
+
+    An `index` runs in place of `hisa.index`.
 
     Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
     that hisa.index did not select, fill slots for which there was nothing to select.
@@ -79,6 +82,7 @@ def select(
         prune=windows.pruned_rows(settings.block_size, settings.block_topk) > 0,
         dtype=dtype,
         topk=width,
+        index=index,
     )
 
 

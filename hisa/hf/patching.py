@@ -9,7 +9,10 @@ from types import TracebackType
 
 from torch import nn
 
+from hisa.agreement import LayerReport
+
 from . import slots
+from .audit import LayerAudit, check_share
 from .forward import PatchedForward, Shared
 from .models import is_shared_layer, looks_like_indexer, recognise, supported
 from .settings import Settings
@@ -26,10 +29,13 @@ class PatchHandle:
     The handle does not keep the model alive, and dropping the handle does not undo the patch.
     """
 
-    def __init__(self, shared: Shared, forwards: list[PatchedForward], others: list[str]) -> None:
+    def __init__(
+        self, shared: Shared, forwards: list[PatchedForward], others: list[str], audit: float
+    ) -> None:
         self._shared = shared
         self._forwards = tuple(forwards)
         self._others = tuple(others)  # attention layers that reuse an earlier layer's selection
+        self._audit = audit
 
     @property
     def settings(self) -> Settings:
@@ -54,7 +60,20 @@ class PatchHandle:
         """Return what each layer did since it was patched. `print` shows it as a table."""
         patched = tuple(forward.status() for forward in self._forwards)
         shared = tuple(LayerStatus(name, "shared") for name in self._others)
-        return Status(self.settings, patched + shared, self._shared.windows.scans)
+        return Status(self.settings, patched + shared, self._shared.windows.scans, self._audit)
+
+    def report(self) -> LayerReport:
+        """Return how much of the flat indexer's selection each layer found, in the audited rows.
+
+        It stays available after `remove()`. Waits for the device.
+
+        Raises:
+            RuntimeError: the model was patched without an audit.
+        """
+        if not self._audit:
+            raise RuntimeError("no rows were audited; call hisa.patch(..., audit=0.01)")
+        audits = {forward.name: forward.audit for forward in self._forwards}
+        return LayerReport({name: audit.comparison() for name, audit in audits.items() if audit})
 
     def __enter__(self) -> PatchHandle:
         if self._forwards and not any(forward.installed for forward in self._forwards):
@@ -84,6 +103,7 @@ def patch(
     precision: str = "model",
     power_of_two: bool = False,
     hadamard: bool = False,
+    audit: float = 0.0,
 ) -> PatchHandle:
     """Replace the flat indexers in a Hugging Face model by HISA.
 
@@ -112,9 +132,14 @@ def patch(
         power_of_two: With "fp8", round each scale up to a power of two.
         hadamard: With "fp8", rotate queries and keys by a Hadamard matrix first, as DeepSeek-V3.2's
             own code does. Needs a `head_dim` that is a power of two.
+        audit: Share of the rows, 0 to 1, that the flat indexer answers too, for the same queries,
+            keys and weights in the same precision. The handle's `report()` says how well the two
+            agree; what the model returns does not change. Costs flat twice for these rows. A layer
+            keeps 20 bytes for each of them, and 32768 of them at most: then half are dropped at
+            random, and the share of later rows is halved. The same calls audit the same rows.
 
     Returns:
-        A handle with `remove()` and `status()`, which is also a context manager.
+        A handle with `remove()`, `status()` and `report()`, which is also a context manager.
 
     Raises:
         TypeError: if `model` is not a module, an option has the wrong type, the model contains an
@@ -134,6 +159,7 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_share(audit)
     shared = Shared(
         Settings(block_size, block_topk, topk, pooling, precision, power_of_two, hadamard)
     )
@@ -144,7 +170,8 @@ def patch(
             spec = recognise(name, module)
             slots.check(name, module)
             shared.settings.check(spec.class_name, module)
-            forwards.append(PatchedForward(name, layer, module, spec, shared))
+            audited = LayerAudit(shared.settings, module, audit, seed=layer) if audit else None
+            forwards.append(PatchedForward(name, layer, module, spec, shared, audited))
         for forward in forwards:
             slots.install(forward)
             logger.info("hisa patched %s (%s)", forward.name, forward.spec.model_type)
@@ -156,4 +183,4 @@ def patch(
             stacklevel=2,
         )
     reusing = [name for name, module in model.named_modules() if is_shared_layer(module)]
-    return PatchHandle(shared, forwards, reusing)
+    return PatchHandle(shared, forwards, reusing, audit)

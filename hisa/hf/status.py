@@ -28,6 +28,7 @@ class Status:
     settings: Settings
     layers: tuple[LayerStatus, ...]
     mask_scans: int  # attention masks turned into windows: one per model forward
+    audit: float = 0.0  # share of the rows that the flat indexer answers too
 
     def __str__(self) -> str:
         table = [("layer", "state", "calls", "rows", "pruned", "fallbacks")]
@@ -43,4 +44,7 @@ class Status:
             ).rstrip()
             for row in table
         ]
-        return "\n".join([f"{self.settings}, {self.mask_scans} mask scans", *lines])
+        title = f"{self.settings}, {self.mask_scans} mask scans"
+        if self.audit:
+            title += f", audit={self.audit}"
+        return "\n".join([title, *lines])
