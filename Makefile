@@ -111,7 +111,7 @@ SANITIZERS = $(foreach l,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file-
 SANITIZED := build/sanitize/lib
 REPORT := $(CURDIR)/build/sanitize/report
 UNSANITIZED := --ignore=tests/test_t21_memory.py --ignore=tests/test_t24_interrupt.py \
-  --ignore=tests/hf/test_t18_memory.py \
+  --ignore=tests/hf/test_t18_memory.py --ignore=tests/test_notebooks.py \
   --deselect=tests/hf/test_t18_masks.py::test_a_recycled_address_is_another_mask
 sanitize: $(READY) ## the fast suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	@echo '== hisa._C with sanitizers'

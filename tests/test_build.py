@@ -188,6 +188,7 @@ def test_sdist_holds_everything(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in tar.getnames()}
     wanted = [p for p in (tree / "csrc").rglob("*") if p.is_file()]
     wanted += [*(tree / "hisa").rglob("*.py"), tree / "hisa/py.typed"]
+    wanted += (tree / "examples").glob("*.ipynb")
     wanted += [tree / n for n in ("setup.py", "pyproject.toml", "LICENSE", "README.md")]
     missing = {str(p.relative_to(tree)) for p in wanted} - names
     assert not missing
