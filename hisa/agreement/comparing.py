@@ -188,10 +188,11 @@ def _gather(found: list[list[Measures]], name: str) -> Tensor:
 @contextmanager
 def progress_bar(title: str, steps: int, wanted: bool) -> Iterator[Callable[[], object]]:
     """Show a bar; the caller reports each step."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        wanted = False
+    if wanted:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            wanted = False
     if not wanted:
         yield lambda: None
         return
