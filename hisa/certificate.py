@@ -150,6 +150,15 @@ def exact_index(
     return ExactSelection(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def check_limits(*, heads: int, dim: int) -> None:
+    """Raise ValueError if there are more heads or channels than a proof can have."""
+    limits = _extension.require().build_info()
+    most = {"D": limits["max_dim"] - CHANNELS, "H": limits["max_heads"] - 1}
+    for name, got in (("D", dim), ("H", heads)):
+        if got > most[name]:
+            raise ValueError(f"{name}: expected at most {most[name]} for a proof, got {got}")
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call's tensors, checked, and what is computed once for all its rows."""
@@ -193,11 +202,7 @@ class _Call:
                 f"bound_size: expected one of {list(BOUND_SIZES)}, at most block_size = "
                 f"{block_size}, got {bound_size}"
             )
-        limits = _extension.require().build_info()
-        most = {"D": limits["max_dim"] - CHANNELS, "H": limits["max_heads"] - 1}
-        for name, got in (("D", k.shape[1]), ("H", q.shape[1])):
-            if got > most[name]:
-                raise ValueError(f"{name}: expected at most {most[name]} for a proof, got {got}")
+        check_limits(heads=q.shape[1], dim=k.shape[1])
         start, end, origin = clamp_windows(
             ks, ke, cu_seqlens_k, rows=len(q), keys=len(k), device=k.device
         )

@@ -19,6 +19,7 @@ import hisa
 from hisa.agreement import Comparison, Setting
 from hisa.agreement.comparing import Selection, find_lowest, rows_at_a_time, select_flat
 from hisa.agreement.measures import Measures, measure
+from hisa.module import Index
 
 from .settings import Settings
 
@@ -36,6 +37,8 @@ def check_share(audit: object) -> None:
 class LayerAudit:
     """Stands in for `hisa.index` in one layer: returns the same, and judges some of the rows.
 
+    Given an `index`, it stands in for that.
+
     Args:
         settings: of the patch.
         indexer: the layer's own, for its `index_topk`.
@@ -43,7 +46,16 @@ class LayerAudit:
         seed: of the layer's own generator, so that torch's global ones are left alone.
     """
 
-    def __init__(self, settings: Settings, indexer: Any, share: float, *, seed: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        indexer: Any,
+        share: float,
+        *,
+        seed: int,
+        index: Index | None = None,
+    ) -> None:
+        self._index = index
         self._setting = Setting(settings.block_size, settings.block_topk, settings.pooling)
         self._topk: int = settings.topk or indexer.index_topk
         self._share = share
@@ -54,11 +66,12 @@ class LayerAudit:
 
     def __call__(self, q: Tensor, k: Tensor, weights: Tensor, **options: Any) -> Tensor:
         """Return what `hisa.index` does."""
+        index = self._index or hisa.index
         with self._lock:
             drawn = self._draw(len(q), self._share)
         if len(drawn) == 0:
-            return cast(Tensor, hisa.index(q, k, weights, **options))
-        chosen = cast(Selection, hisa.index(q, k, weights, **options, return_scores=True))
+            return cast(Tensor, index(q, k, weights, **options))
+        chosen = cast(Selection, index(q, k, weights, **options, return_scores=True))
         topk: int = options["topk"]
         for at in _upload(drawn, q.device).split(rows_at_a_time(topk)):
             windows = {name: options[name][at] for name in ("ks", "ke")}

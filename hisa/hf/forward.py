@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .audit import LayerAudit
+from .exact import LayerExact
 from .indexer import select
 from .masks import WindowCache, Windows
 from .models import IndexerSpec
@@ -66,6 +67,7 @@ class PatchedForward(Replacement):
         "_pruned_rows",
         "_rows",
         "audit",
+        "exact",
         "layer",
         "name",
         "shared",
@@ -79,6 +81,7 @@ class PatchedForward(Replacement):
         module: nn.Module,
         spec: IndexerSpec,
         shared: Shared,
+        exact: LayerExact | None,
         audit: LayerAudit | None,
     ) -> None:
         super().__init__(module)
@@ -86,6 +89,7 @@ class PatchedForward(Replacement):
         self.layer = layer  # its number among the indexers of the patch
         self.spec = spec
         self.shared = shared
+        self.exact = exact
         self.audit = audit
         self._calls = self._rows = self._pruned_rows = 0
         self._fallbacks: Counter[str] = Counter()
@@ -129,7 +133,7 @@ class PatchedForward(Replacement):
             q_resid,
             position_embeddings,
             cache,
-            self.audit,
+            self.audit or self.exact,
         )
         self._count(found, batch * queries)
         if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt
@@ -165,4 +169,5 @@ class PatchedForward(Replacement):
                 rows=self._rows,
                 pruned_rows=self._pruned_rows,
                 fallbacks=dict(self._fallbacks),
+                escalated_rows=None if self.exact is None else self.exact.escalated(),
             )

@@ -10,9 +10,11 @@ from types import TracebackType
 from torch import nn
 
 from hisa.agreement import LayerReport
+from hisa.checking import check_types
 
 from . import slots
 from .audit import LayerAudit, check_share
+from .exact import LayerExact
 from .forward import PatchedForward, Shared
 from .models import is_shared_layer, looks_like_indexer, recognise, supported
 from .settings import Settings
@@ -104,6 +106,7 @@ def patch(
     power_of_two: bool = False,
     hadamard: bool = False,
     audit: float = 0.0,
+    exact: bool = False,
 ) -> PatchHandle:
     """Replace the flat indexers in a Hugging Face model by HISA.
 
@@ -137,6 +140,9 @@ def patch(
             agree; what the model returns does not change. Costs flat twice for these rows. A layer
             keeps 20 bytes for each of them, and 32768 of them at most: then half are dropped at
             random, and the share of later rows is halved. The same calls audit the same rows.
+        exact: Run flat for every row for which it is not proved that HISA selects the same, as
+            `hisa.exact_index` does. The selection then is always flat's; how often flat had to run
+            is in `status()`. With keys that prove little it takes longer than flat alone.
 
     Returns:
         A handle with `remove()`, `status()` and `report()`, which is also a context manager.
@@ -160,6 +166,7 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_share(audit)
+    check_types(bool, exact=exact)
     shared = Shared(
         Settings(block_size, block_topk, topk, pooling, precision, power_of_two, hadamard)
     )
@@ -170,8 +177,13 @@ def patch(
             spec = recognise(name, module)
             slots.check(name, module)
             shared.settings.check(spec.class_name, module)
-            audited = LayerAudit(shared.settings, module, audit, seed=layer) if audit else None
-            forwards.append(PatchedForward(name, layer, module, spec, shared, audited))
+            proved = LayerExact(module) if exact else None
+            audited = (
+                LayerAudit(shared.settings, module, audit, seed=layer, index=proved)
+                if audit
+                else None
+            )
+            forwards.append(PatchedForward(name, layer, module, spec, shared, proved, audited))
         for forward in forwards:
             slots.install(forward)
             logger.info("hisa patched %s (%s)", forward.name, forward.spec.model_type)

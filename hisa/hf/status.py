@@ -19,6 +19,7 @@ class LayerStatus:
     rows: int = 0  # queries answered by hisa
     pruned_rows: int = 0  # of these, the ones that saw more blocks than are kept
     fallbacks: Mapping[str, int] | None = None  # calls left to the model's own indexer, by reason
+    escalated_rows: int | None = None  # pruned rows that flat answered; None: not patched as exact
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,19 @@ class Status:
     audit: float = 0.0  # share of the rows that the flat indexer answers too
 
     def __str__(self) -> str:
-        table = [("layer", "state", "calls", "rows", "pruned", "fallbacks")]
+        exact = any(layer.escalated_rows is not None for layer in self.layers)
+        names = ("calls", "rows", "pruned", *(["escalated"] if exact else []))
+        table: list[tuple[str, ...]] = [("layer", "state", *names, "fallbacks")]
         for layer in self.layers:
             reasons = (f"{count} x {why}" for why, count in (layer.fallbacks or {}).items())
-            counts = (str(layer.calls), str(layer.rows), str(layer.pruned_rows))
-            table.append((layer.name, layer.state, *counts, ", ".join(reasons) or "-"))
+            counts = [layer.calls, layer.rows, layer.pruned_rows]
+            if exact:
+                counts.append(layer.escalated_rows or 0)
+            table.append((layer.name, layer.state, *map(str, counts), ", ".join(reasons) or "-"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(
-                cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+                cell.rjust(width) if 2 <= i < 2 + len(names) else cell.ljust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in table
