@@ -75,6 +75,7 @@ def certify(
     ks: Tensor | None = None,
     ke: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    pooled: Pooled | None = None,
     block_size: int = 128,
     block_topk: int = 64,
     topk: int = 2048,
@@ -89,8 +90,8 @@ def certify(
     together within `bound_size` neighbours, and proves next to nothing for random ones.
 
     Args:
-        q, k, weights, k_scale, ks, ke, cu_seqlens_k, block_size, block_topk, topk, pooling: as for
-            `hisa.index`, but D is at most 240 and H at most 127.
+        q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, block_size, block_topk, topk, pooling:
+            as for `hisa.index`, but D is at most 240 and H at most 127.
         bound_size: keys that share a bound, at most `block_size`: 8, 16, 32, 64, 128 or 256. Fewer
             give tighter bounds at a higher cost. By default 64, or `block_size` if that is less.
 
@@ -104,7 +105,7 @@ def certify(
     Source: the certificate of HISA's definition, with balls in place of boxes.
     """
     call = _Call.checked(
-        q, k, weights, k_scale, ks, ke, cu_seqlens_k, block_size, block_topk, topk, pooling,
+        q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, block_size, block_topk, topk, pooling,
         bound_size,
     )  # fmt: skip
     parts = [call.certify(at) for at in call.chunks()]
@@ -121,6 +122,7 @@ def exact_index(
     ks: Tensor | None = None,
     ke: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    pooled: Pooled | None = None,
     block_size: int = 128,
     block_topk: int = 64,
     topk: int = 2048,
@@ -143,7 +145,7 @@ def exact_index(
         TypeError, ValueError: what `hisa.certify` would raise.
     """
     call = _Call.checked(
-        q, k, weights, k_scale, ks, ke, cu_seqlens_k, block_size, block_topk, topk, pooling,
+        q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, block_size, block_topk, topk, pooling,
         bound_size,
     )  # fmt: skip
     parts = [call.escalate(at, call.certify(at)) for at in call.chunks()]
@@ -187,6 +189,7 @@ class _Call:
         ks: Tensor | None,
         ke: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        pooled: Pooled | None,
         block_size: int,
         block_topk: int,
         topk: int,
@@ -194,7 +197,7 @@ class _Call:
         bound_size: int | None,
     ) -> _Call:
         sizes = (block_size, block_topk, topk, pooling)
-        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
+        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, *sizes)
         bound_size = min(64, block_size) if bound_size is None else bound_size
         check_types(int, bound_size=bound_size)
         if bound_size not in BOUND_SIZES or bound_size > block_size:
@@ -206,9 +209,14 @@ class _Call:
         start, end, origin = clamp_windows(
             ks, ke, cu_seqlens_k, rows=len(q), keys=len(k), device=k.device
         )
-        pooled = pool_keys(
-            k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k, block_size=block_size, pooling=pooling
-        )
+        if pooled is None:
+            pooled = pool_keys(
+                k,
+                k_scale=k_scale,
+                cu_seqlens_k=cu_seqlens_k,
+                block_size=block_size,
+                pooling=pooling,
+            )
         balls = make_balls(k, k_scale, cu_seqlens_k, bound_size)
         return cls(q, k, weights, k_scale, cu_seqlens_k, block_size, block_topk, topk, start, end,
                    origin, pooled, balls)  # fmt: skip

@@ -63,16 +63,18 @@ def check_inputs(
     ks: Tensor | None,
     ke: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
     block_size: int,
     block_topk: int,
     topk: int,
     pooling: str,
+    return_scores: bool = False,
 ) -> None:
     """Raise what `hisa.index` would raise, for those that call it later and more than once."""
     tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
     sizes = (block_size, block_topk, topk, pooling)
-    check_index_types(*tensors, None, *sizes, False)
-    _extension.require().check_index(*tensors, None, None, *sizes)
+    check_index_types(*tensors, pooled, *sizes, return_scores)
+    _extension.require().check_index(*tensors, *(pooled or (None, None)), *sizes)
 
 
 def readable(*tensors: Tensor | None) -> bool:
@@ -117,7 +119,7 @@ def check(
             segments do not ascend from 0 to N; a scale is negative or NaN. The message names the
             first row (or segment, or token) at fault.
     """
-    check_index_types(
+    check_inputs(
         q,
         k,
         weights,
@@ -131,22 +133,6 @@ def check(
         topk,
         pooling,
         return_scores,
-    )
-    pooled_k, pooled_scale = (None, None) if pooled is None else pooled
-    _extension.require().check_index(
-        q,
-        k,
-        weights,
-        k_scale,
-        ks,
-        ke,
-        cu_seqlens_k,
-        pooled_k,
-        pooled_scale,
-        block_size,
-        block_topk,
-        topk,
-        pooling,
     )
     check_values(k, k_scale, ks, ke, cu_seqlens_k)
 

@@ -40,6 +40,9 @@ def assert_true(case: Case, **changes: Any) -> hisa.Certificate:
     """Assert that proved rows are flat's, and that `exact_index` always is."""
     args = arguments(case, **changes)
     found = hisa.certify(case.q, case.k, case.weights, **args)
+    pooled = hisa.pool_keys(case.k, **case.pool_args())
+    again = hisa.certify(case.q, case.k, case.weights, **args, pooled=pooled)
+    assert same_bytes(again.margin, found.margin)
     plain = {name: value for name, value in args.items() if name != "bound_size"}
     ours = hisa.index(case.q, case.k, case.weights, **plain, return_scores=True)
     assert same_bytes(found.indices, ours[0]) and same_bytes(found.scores, ours[1])

@@ -6,7 +6,7 @@
 //
 // What limits it on sm_90: while a product enters the tensor cores, for 6 cycles, its scheduler
 // issues nothing else, and every other instruction takes a cycle or more away. So what counts is
-// the number of instructions per key.
+// the number of instructions per key; with 64 heads the chip's power comes next.
 //
 // Each lane copies just what it will multiply itself to a place of its own in shared memory, while
 // the tile before is multiplied. So a key is read once per row, and no thread waits for another

@@ -98,7 +98,7 @@ def compare_settings(
     """Compare as `compare` does, under just these settings."""
     for setting in settings:
         sizes = (setting.block_size, setting.block_topk, topk, setting.pooling)
-        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
+        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, None, *sizes)
     start, end, _ = clamp_windows(
         ks, ke, cu_seqlens_k, rows=q.shape[0], keys=k.shape[0], device=k.device
     )

@@ -52,7 +52,7 @@ def explain(
     bytes for each token of the window. Reads from the device.
     """
     sizes = (block_size, block_topk, topk, pooling)
-    check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
+    check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, None, *sizes)
     check_types(NUMBER, row=row)
     if not 0 <= row < q.shape[0]:
         raise ValueError(f"row: expected 0 to M - 1 = {q.shape[0] - 1}, got {row}")

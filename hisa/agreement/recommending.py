@@ -238,7 +238,7 @@ def recommend(
     settings = combine(block_size, block_topk, pooling)
     for s in settings:  # also those that are left out
         sizes = (s.block_size, s.block_topk, 1, s.pooling)
-        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, *sizes)
+        check_inputs(q, k, weights, k_scale, ks, ke, cu_seqlens_k, None, *sizes)
     most = max(s.block_size * s.block_topk for s in settings)
     if topk > most:
         raise ValueError(

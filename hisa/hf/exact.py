@@ -39,7 +39,7 @@ class LayerExact:
         """Return what `hisa.flat_index` does, in the form of `hisa.index`."""
         if pooled is None:  # no row sees more blocks than are kept
             return hisa.index(q, k, weights, **options, return_scores=return_scores)
-        found = hisa.exact_index(q, k, weights, **options)
+        found = hisa.exact_index(q, k, weights, pooled=pooled, **options)
         with self._lock:
             self._escalated = self._escalated + found.escalated.sum()
         return (found.indices, found.scores) if return_scores else found.indices
