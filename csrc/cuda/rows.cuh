@@ -67,7 +67,11 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
 
 // Write what the stage selects, and set the next one; returns whether there is one.
 __device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMemory& memory) {
-  write_best(memory);
+  const Region& region = memory.region;
+  if (region.holds(memory.stage.source))
+    write_best_of<WholeBlock>(memory, region.scores);
+  else
+    write_best_of_buffer<WholeBlock>(memory);
   const bool last = memory.stage.last;
   __syncthreads();
   if (!last && ptx::this_thread() == 0) {
@@ -77,21 +81,6 @@ __device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMem
   }
   __syncthreads();
   return !last;
-}
-
-// Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots.
-__device__ __forceinline__ void finish_row(const RowsParams& params, const SharedMemory& memory) {
-  const Output& output = params.output;
-  const int64_t m = memory.m;
-  const Stage& stage = memory.stage;
-  int32_t* indices = output.indices + m * output.topk;
-  if (!memory.scored)
-    for (uint32_t i = ptx::this_thread(); i < stage.count; i += kThreads)
-      indices[i] = stage.source.value(i);
-  for (int64_t i = stage.count + ptx::this_thread(); i < output.topk; i += kThreads) {
-    indices[i] = -1;
-    if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
-  }
 }
 
 // NOTE: without an instruction that converts fp8, three blocks' registers do not suffice.
@@ -119,10 +108,11 @@ __global__ void __launch_bounds__(kThreads, ptx::kFp8Cvt ? kBlocks : kBlocksPerM
       for (uint32_t begin = 0; begin < memory.stage.source.size; begin += chunk_at(memory, begin)) {
         scorer.score(begin);
         __syncthreads();
-        if (!memory.region.holds(memory.stage.source)) add_to_buffer(memory, begin);
+        if (!memory.region.holds(memory.stage.source))
+          add_to_buffer<WholeBlock>(memory, memory.region.scores, chunk_at(memory, begin), begin);
       }
     }
-    finish_row(params, memory);
+    finish_row<WholeBlock>(params.output, memory.m, memory.stage, memory.scored);
     __syncthreads();
   }
 }

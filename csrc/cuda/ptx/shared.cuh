@@ -47,6 +47,22 @@ __device__ __forceinline__ T load(uint32_t address) {
   }
 }
 
+// 4 bytes to any address, if `wanted`, without a branch.
+template <class T>
+__device__ __forceinline__ void store_if(bool wanted, T* to, T x) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.b32 [%0], %1; }" ::"l"(to),
+               "r"(std::bit_cast<uint32_t>(x)), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
+
+// Likewise to an address in shared memory.
+__device__ __forceinline__ void store_if(bool wanted, uint32_t to, float x) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.f32 [%0], %1; }" ::"r"(to),
+               "f"(x), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
+
 // Add x, for any number of threads at once.
 __device__ __forceinline__ void add(uint32_t address, uint32_t x) {
   asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");

@@ -1,4 +1,4 @@
-// The number of a thread.
+// The number of a thread, and barriers of some threads.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +12,8 @@ __device__ __forceinline__ uint32_t this_thread() {
   asm volatile("" : "+r"(thread));
   return thread;
 }
+
+// A barrier of one warpgroup. PTX ISA, "Parallel Synchronization: bar.sync".
+__device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
 }  // namespace hisa::cuda::ptx
