@@ -9,6 +9,7 @@ Environment:
 
 import os
 import platform
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -85,6 +86,12 @@ def default_cuda_architectures(toolkit: str) -> str:
     return ";".join(usable) + "+PTX"
 
 
+def hopper_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST with Hopper's own instructions: 9.0a for 9.0."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return re.sub(r"9\.0(?!a)|Hopper", "9.0a", wanted)
+
+
 class BuildKernels(BuildExtension):
     """BuildExtension plus flags per file (X86_KERNELS), which setuptools does not have."""
 
@@ -119,7 +126,8 @@ def make_extension(use_cuda: bool) -> Extension:
     sources = {*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")} - set(X86_KERNELS)
     stub = "csrc/cuda/unavailable.cpp"
     if use_cuda:
-        sources |= {*glob("csrc/cuda/**/*.cu", recursive=True), *glob("csrc/cuda/*.cpp")} - {stub}
+        for suffix in ("cu", "cpp"):
+            sources |= {*glob(f"csrc/cuda/**/*.{suffix}", recursive=True)} - {stub}
     else:
         sources.add(stub)
     flags = f"{CXX_FLAGS} {WARNINGS}".split()
@@ -130,6 +138,7 @@ def make_extension(use_cuda: bool) -> Extension:
     macros = [("HISA_TORCH_VERSION", torch.__version__)]  # another torch: everything is recompiled
     macros += [("HISA_X86", "1")] if IS_X86 else []
     macros += [("HISA_WITH_CUDA", "1")] if use_cuda else []
+    macros += [("HISA_SM90", "1")] if use_cuda and "9.0a" in hopper_architectures() else []
     return (CUDAExtension if use_cuda else CppExtension)(
         "hisa._C",
         sorted(sources),
@@ -151,6 +160,7 @@ def main() -> None:
         raise SystemExit(f"hisa: {error}") from None
     if use_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_architectures(CUDA_HOME))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = hopper_architectures()
     BuildKernels.summary = f"hisa: built for {'CPU and CUDA' if use_cuda else 'CPU only'} ({why})"
     setup(ext_modules=[make_extension(use_cuda)], cmdclass={"build_ext": BuildKernels})
 

@@ -38,8 +38,8 @@ inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1,
   return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
-inline OptionalTensor adjacent(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(adjacent(*tensor)) : std::nullopt;
+inline OptionalTensor adjacent(const OptionalTensor& tensor, int64_t alignment = 1) {
+  return tensor.has_value() ? OptionalTensor(adjacent(*tensor, alignment)) : std::nullopt;
 }
 
 template <class T>
@@ -111,7 +111,7 @@ TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
   check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
-  return pool_checked(device, adjacent(k, Device::kAlignment, Device::kFarthest), adjacent(k_scale),
+  return pool_checked(device, adjacent(k, Device::kAlignment, Device::kFarthest), adjacent(k_scale, Device::kAlignment),
                       adjacent(cu_seqlens_k), block_size, parse_pooling(pooling));
 }
 
@@ -129,7 +129,7 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
   const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
   const Tensor head_weights = adjacent(weights);
-  const OptionalTensor scale = adjacent(k_scale);
+  const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
   const OptionalTensor segments = adjacent(cu_seqlens_k);
   const OptionalTensor start = adjacent(ks);
   const OptionalTensor end = adjacent(ke);
@@ -145,7 +145,7 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   std::optional<TwoTensors> pooled;  // not where every block is kept
   if (shape.pooled) {
     pooled.emplace(adjacent(*pooled_k, Device::kAlignment, Device::kFarthest),
-                   adjacent(*pooled_scale));
+                   adjacent(*pooled_scale, Device::kAlignment));
   } else if (shape.pools()) {
     pooled = pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
   }
@@ -173,7 +173,7 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
   const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
   const Tensor head_weights = adjacent(weights);
-  const OptionalTensor scale = adjacent(k_scale);
+  const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
   const OptionalTensor start = adjacent(ks);
   const OptionalTensor end = adjacent(ke);
 

@@ -9,6 +9,7 @@
 #include "../entry.h"
 #include "../text.h"
 #include "launch.h"
+#include "sm90/launch.h"
 
 namespace hisa::cuda {
 namespace {
@@ -60,14 +61,21 @@ struct Cuda {
   void mask(const MaskParams& params) { C10_CUDA_CHECK(launch_mask(params, stream)); }
 
  private:
-  void run(RowsParams params, const Shape& shape) {
-    const Geometry geometry = make_geometry(shape, limits);
-    Tensor workspace;
-    if (!geometry.on_chip) {
-      workspace = at::empty({geometry.workspace}, bytes);
-      params.workspace = static_cast<char*>(workspace.mutable_data_ptr());
+  void run(const RowsParams& params, const Shape& shape) {
+    if (sm90::takes(shape, limits)) {
+      const sm90::Geometry geometry = sm90::make_geometry(shape, limits);
+      const Tensor workspace = allocate(geometry.workspace);
+      C10_CUDA_CHECK(sm90::launch_rows(params, geometry, pointer(workspace), stream));
+    } else {
+      const Geometry geometry = make_geometry(shape, limits);
+      const Tensor workspace = allocate(geometry.workspace);
+      C10_CUDA_CHECK(launch_rows(params, geometry, pointer(workspace), stream));
     }
-    C10_CUDA_CHECK(launch_rows(params, geometry, stream));
+  }
+
+  Tensor allocate(int64_t size) const { return size > 0 ? at::empty({size}, bytes) : Tensor(); }
+  static char* pointer(const Tensor& workspace) {
+    return workspace.defined() ? static_cast<char*>(workspace.mutable_data_ptr()) : nullptr;
   }
 
   c10::cuda::CUDAGuard guard;
@@ -88,6 +96,10 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
 }  // namespace hisa::cuda
 
 hisa::CallPlan hisa::plan_cuda(const Shape& shape) {
-  const cuda::Geometry geometry = cuda::make_geometry(shape, cuda::current_limits());
-  return {cuda::kernel_name(shape), geometry.workspace + pooled_bytes(shape)};
+  const cuda::DeviceLimits limits = cuda::current_limits();
+  const bool hopper = cuda::sm90::takes(shape, limits);
+  const int64_t workspace = hopper ? cuda::sm90::make_geometry(shape, limits).workspace
+                                   : cuda::make_geometry(shape, limits).workspace;
+  return {hopper ? cuda::sm90::kernel_name(shape) : cuda::kernel_name(shape),
+          workspace + pooled_bytes(shape)};
 }

@@ -19,25 +19,6 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 }  // namespace
 
-cudaError_t get_limits(int device, DeviceLimits& limits) {
-  int major = 0;
-  int minor = 0;
-  int total = 0;
-  int block = 0;
-  const std::pair<int*, cudaDeviceAttr> wanted[] = {
-      {&major, cudaDevAttrComputeCapabilityMajor},
-      {&minor, cudaDevAttrComputeCapabilityMinor},
-      {&limits.multiprocessors, cudaDevAttrMultiProcessorCount},
-      {&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-      {&block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-  for (const auto& [value, attribute] : wanted)
-    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) return error;
-  limits.capability = 10 * major + minor;
-  limits.shared_total = total;
-  limits.shared_block = block;
-  return cudaSuccess;
-}
-
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   Geometry geometry{};
   geometry.shared_limit = static_cast<int>(limits.shared_block);
@@ -99,7 +80,9 @@ std::string kernel_name(const Shape& shape) {
   return join("cuda/mma-", variant.heads, "x", variant.dim);
 }
 
-cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream) {
+cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* workspace,
+                        cudaStream_t stream) {
+  params.workspace = workspace;
   params.kept = geometry.kept;
   params.scorer_bytes = geometry.scorer_bytes;
   params.chunk = geometry.chunk;

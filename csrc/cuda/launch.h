@@ -6,17 +6,10 @@
 #include <string>
 
 #include "../plan.h"
+#include "limits.h"
 #include "params.h"
 
 namespace hisa::cuda {
-
-// What of a GPU decides about a launch.
-struct DeviceLimits {
-  int capability;        // 80 for 8.0
-  int multiprocessors;
-  int64_t shared_total;  // bytes of shared memory of a multiprocessor
-  int64_t shared_block;  // that one block can have
-};
 
 struct Geometry {
   size_t variant;     // in kVariants; not used for fp32
@@ -30,12 +23,12 @@ struct Geometry {
   int64_t workspace;  // bytes of all blocks together
 };
 
-cudaError_t get_limits(int device, DeviceLimits& limits);
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits);
 std::string kernel_name(const Shape& shape);
 
 // Fill in what follows from the geometry, and launch. No synchronisation.
-cudaError_t launch_rows(RowsParams params, const Geometry& geometry, cudaStream_t stream);
+cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* workspace,
+                        cudaStream_t stream);
 cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
 cudaError_t launch_mask(const MaskParams& params, cudaStream_t stream);
 

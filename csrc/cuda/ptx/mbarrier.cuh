@@ -1,0 +1,47 @@
+// Barriers in shared memory on which threads and bulk copies arrive. PTX ISA, "Parallel
+// Synchronization and Communication Instructions: mbarrier". sm_90.
+#pragma once
+
+#include <cstdint>
+
+#include "shared.cuh"
+
+namespace hisa::cuda::ptx {
+
+// Completes a phase once `count` threads have arrived and all bytes expected are there.
+struct Barrier {
+  uint64_t state;
+
+  __device__ void init(uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count));
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  __device__ void arrive_and_expect(uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(bytes)
+                 : "memory");
+  }
+  // Wait for the end of a phase: the first one has parity 0, the next 1, then 0 again. The phase
+  // before the first one, of parity 1, counts as ended.
+  __device__ void wait(uint32_t parity) {
+    const uint32_t address = shared_address(this);
+    uint32_t done = 0;
+    do {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+          "selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(address), "r"(parity)
+          : "memory");
+    } while (done == 0);
+  }
+};
+
+// What was initialised is seen by bulk copies.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+}  // namespace hisa::cuda::ptx

@@ -1,0 +1,28 @@
+// What four consecutive warps do together, and how kernels follow one another. PTX ISA,
+// "Miscellaneous Instructions: setmaxnreg" and "Parallel Synchronization: griddepcontrol". sm_90a.
+#pragma once
+
+#include <cstdint>
+
+namespace hisa::cuda::ptx {
+
+// Registers of each thread of the warpgroup from here on: less, or more than at the start.
+template <uint32_t kCount>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <uint32_t kCount>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Wait until the kernel before this one has written all it writes.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The kernel behind this one may start, as far as there is room.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+}  // namespace hisa::cuda::ptx

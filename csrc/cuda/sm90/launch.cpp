@@ -1,0 +1,224 @@
+#include "launch.h"
+
+#include <algorithm>
+
+#include "../../text.h"
+
+namespace hisa::cuda::sm90 {
+namespace {
+
+#ifdef HISA_SM90
+constexpr bool kCompiled = true;
+#else
+constexpr bool kCompiled = false;  // for other architectures only
+#endif
+
+constexpr int64_t kWorkspace = int64_t{256} << 20;  // of buffers that are not on chip, at most
+constexpr int kEnoughStages = 4;  // that hide the time a tile takes to come
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+Needs find_needs(const Shape& shape, Work work) {
+  return shape.type == ElementType::kFloat8E4M3
+             ? find_needs<ElementType::kFloat8E4M3>(shape.heads, shape.dim, work)
+             : find_needs<ElementType::kBFloat16>(shape.heads, shape.dim, work);
+}
+
+// A kernel that selects `count` of `candidates` keys for each row.
+Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_t candidates,
+               int64_t count) {
+  Plan plan{};
+  plan.work = work;
+  plan.group =
+      group_size(static_cast<int>(shape.heads), static_cast<int>(shape.dim), shape.type, work);
+  plan.shared_limit = static_cast<int>(limits.shared_block);
+  const int64_t row_bytes = shape.dim * element_size(shape.type);
+  const Needs needs = find_needs(shape, work);
+  const int heads = static_cast<int>(shape.heads);
+
+  plan.boxes = make_boxes(work == Work::kRefine ? shape.block_size : 0);
+  const int groups = work == Work::kFlat ? 2 : work == Work::kRefine ? 3 : kMaxGroups;
+
+  const auto bytes = [&](int at_hand, int stages, int64_t chunk, int64_t capacity) {
+    return make_layout(needs.fixed, plan.group, heads, row_bytes, at_hand, stages, plan.boxes.tile,
+                       chunk, capacity)
+        .total;
+  };
+  // With as many stages as there is room for; whether there is room for the `least`.
+  const auto fits = [&](int at_hand, int least, int64_t chunk, int64_t capacity) {
+    plan.groups = at_hand;
+    plan.chunk = chunk;
+    plan.capacity = capacity;
+    plan.on_chip = true;
+    for (plan.stages = kMaxStages; plan.stages >= least; --plan.stages) {
+      plan.shared = bytes(at_hand, plan.stages, chunk, capacity);
+      if (plan.shared <= limits.shared_block) return true;
+    }
+    return false;
+  };
+  // A buffer of count + chunk never overflows; up to twice the count makes selections rare.
+  const auto fits_in_chunks = [&](int least, int64_t chunk) {
+    const int64_t room = limits.shared_block - bytes(2, least, chunk, 0);
+    const int64_t most = room / (plan.group * 2 * 4) / 4 * 4;
+    return most >= count + chunk &&
+           fits(2, least, chunk, std::min(round_up(2 * count + chunk, 4), most));
+  };
+  const auto choose = [&] {
+    const int64_t whole = round_up(candidates, kTile);
+    const int enough = std::max(kEnoughStages, needs.stages);
+    if (fits(groups, enough, whole, 0) || fits(2, enough, whole, 0) ||
+        fits(2, needs.stages, whole, 0))
+      return;
+    for (const int least : {enough, needs.stages})
+      for (const int64_t chunk : {2048, 1024, 512})
+        if (fits_in_chunks(least, chunk)) return;
+    for (const int64_t chunk : {2048, 1024, 512})
+      if (fits(2, needs.stages, chunk, 0)) break;
+    plan.capacity = round_up(2 * count + plan.chunk, 4);
+    plan.on_chip = false;
+  };
+  choose();
+  plan.grid = std::min<int64_t>((shape.rows + plan.group - 1) / plan.group, limits.multiprocessors);
+  if (!plan.on_chip) {
+    const int64_t buffers = plan.group * 2 * plan.capacity * 4;
+    plan.grid = std::clamp<int64_t>(kWorkspace / buffers, 1, plan.grid);
+    plan.workspace = plan.grid * buffers;
+  }
+  return plan;
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+// The driver's function, which no library has to be linked for.
+cudaError_t find_encode(Encode& encode) {
+  static void* found = nullptr;
+  static const cudaError_t error = [] {
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                                12000, cudaEnableDefault, &result);
+    return status == cudaSuccess && result != cudaDriverEntryPointSuccess ? cudaErrorNotSupported
+                                                                          : status;
+  }();
+  encode = reinterpret_cast<Encode>(found);
+  return error;
+}
+
+struct Dimension {
+  int64_t size;
+  int64_t stride;  // bytes; of the innermost one, the element's
+  int64_t box;
+};
+
+// Of up to three dimensions, the innermost first.
+cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* data,
+                     std::initializer_list<Dimension> dimensions) {
+  Encode encode = nullptr;
+  if (const cudaError_t error = find_encode(encode)) return error;
+  cuuint64_t sizes[3] = {};
+  cuuint64_t strides[3] = {};
+  cuuint32_t box[3] = {};
+  cuuint32_t steps[3] = {1, 1, 1};
+  cuuint32_t rank = 0;
+  for (const Dimension& d : dimensions) {
+    sizes[rank] = static_cast<cuuint64_t>(d.size);
+    strides[rank] = static_cast<cuuint64_t>(d.stride);
+    box[rank++] = static_cast<cuuint32_t>(d.box);
+  }
+  const auto row = static_cast<int64_t>(box[0] * strides[0]);
+  const CUtensorMapSwizzle swizzle = rank == 1   ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                     : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                 : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUresult result =
+      encode(&map, type, rank, const_cast<void*>(data), sizes, strides + 1, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept, char* workspace,
+                         cudaStream_t stream) {
+  Params params{};
+  params.rows = rows;
+  params.kept = kept;
+  params.work = plan.work;
+  params.stages = plan.stages;
+  params.groups = static_cast<uint32_t>(plan.groups);
+  params.boxes = plan.boxes;
+  params.rows.chunk = plan.chunk;
+  params.rows.capacity = plan.capacity;
+  params.rows.workspace = plan.on_chip ? nullptr : workspace;
+  // What the kernel scores is `keys` to it; the windows are of the tokens, in any case.
+  const Keys& keys = plan.work == Work::kCoarse ? rows.pooled : rows.keys;
+
+  const Queries& queries = rows.queries;
+  const int64_t element = element_size(keys.type);
+  const auto type = element == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t panel = std::min<int64_t>(keys.dim, 128 / element);
+  if (const cudaError_t error =
+          make_map(params.queries, type, queries.data,
+                   {{keys.dim, element, panel},
+                    {queries.heads, queries.head_stride * element, queries.heads},
+                    {queries.rows, queries.row_stride * element, plan.group}}))
+    return error;
+  if (const cudaError_t error = make_map(
+          params.keys, type, keys.data,
+          {{keys.dim, element, panel}, {keys.count, keys.stride * element, plan.boxes.keys}}))
+    return error;
+  if (keys.scale != nullptr)
+    if (const cudaError_t error = make_map(params.scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                                           keys.scale, {{keys.count, 4, plan.boxes.scales}}))
+      return error;
+  params.scored = keys;
+  return keys.type == ElementType::kFloat8E4M3
+             ? launch_kernel<ElementType::kFloat8E4M3>(params, plan, stream)
+             : launch_kernel<ElementType::kBFloat16>(params, plan, stream);
+}
+
+}  // namespace
+
+bool takes(const Shape& shape, const DeviceLimits& limits) {
+  if (!kCompiled || limits.capability != 90 || shape.rows == 0 || shape.keys == 0) return false;
+  if (shape.type != ElementType::kFloat8E4M3 && shape.type != ElementType::kBFloat16) return false;
+  return std::any_of(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
+    return variant.heads == shape.heads && variant.dim == shape.dim;
+  });
+}
+
+std::string kernel_name(const Shape& shape) {
+  return join("cuda/wgmma-", shape.heads, "x", shape.dim);
+}
+
+Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
+  Geometry geometry{};
+  geometry.prunes = shape.slots() > shape.block_topk;
+  if (!geometry.prunes) {
+    geometry.tokens =
+        make_plan(shape, limits, Work::kFlat, shape.keys, std::min(shape.topk, shape.keys));
+    geometry.workspace = geometry.tokens.workspace;
+    return geometry;
+  }
+  geometry.kept = shape.block_topk;
+  const int64_t tokens = geometry.kept * shape.block_size;
+  geometry.coarse = make_plan(shape, limits, Work::kCoarse, shape.slots(), geometry.kept);
+  geometry.tokens = make_plan(shape, limits, Work::kRefine, tokens, std::min(shape.topk, tokens));
+  geometry.lists = round_up(shape.rows * geometry.kept * 4, 16);
+  geometry.workspace =
+      geometry.lists + std::max(geometry.coarse.workspace, geometry.tokens.workspace);
+  return geometry;
+}
+
+cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* workspace,
+                        cudaStream_t stream) {
+  auto* kept = reinterpret_cast<int32_t*>(workspace);
+  char* buffers = workspace + geometry.lists;
+  params.kept = geometry.kept;
+  if (geometry.prunes)
+    if (const cudaError_t error = launch_stage(params, geometry.coarse, kept, buffers, stream))
+      return error;
+  return launch_stage(params, geometry.tokens, kept, buffers, stream);
+}
+
+}  // namespace hisa::cuda::sm90

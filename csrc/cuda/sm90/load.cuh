@@ -1,0 +1,163 @@
+// The warps that bring a group's queries and keys to shared memory.
+#pragma once
+
+#include "../coarse.cuh"
+#include "../ptx/tensor_copy.cuh"
+#include "../refine.cuh"
+#include "shared.cuh"
+
+namespace hisa::cuda::sm90 {
+
+// What there is to score and to select for row m. In shared memory, to spare registers.
+__device__ inline void describe_row(const Params& params, int64_t m, const Row& row,
+                                    GroupRow& found) {
+  const RowsParams& rows = params.rows;
+  found.stage = {};
+  found.stage.last = true;
+  found.kept = 0;
+  if (!row.empty() && params.work == Work::kFlat) {
+    found.stage = token_stage(rows, m, row, 0, nullptr);
+  } else if (!row.empty()) {
+    const int shift = rows.block_shift;
+    const int64_t first = (row.start - row.origin) >> shift;
+    const int64_t last = (row.end - 1 - row.origin) >> shift;
+    int32_t* blocks = params.kept + m * rows.kept;
+    found.pruned = last - first >= rows.block_topk;
+    found.kept = static_cast<uint32_t>(min(rows.block_topk, last - first + 1));
+    found.first = static_cast<int32_t>(row.origin + (first << shift));
+    found.last = static_cast<int32_t>(row.origin + (last << shift));
+    if (params.work == Work::kRefine)
+      found.stage = token_stage(rows, m, row, found.kept, blocks);
+    else if (found.pruned && found.kept > 2)
+      found.stage = coarse_stage(rows, row, first, last, blocks);
+  }
+  found.scored = found.stage.scores != nullptr || found.stage.count < found.stage.source.size;
+}
+
+// Load every kLoaders-th group.
+template <class C>
+__device__ void load_groups(const Params& params, const Memory<C>& memory, uint32_t loader) {
+  Shared<C>& shared = memory.shared;
+  const RowsParams& rows = params.rows;
+  const Queries& queries = rows.queries;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  constexpr int kWeights = C::kColumns / 32 > 0 ? C::kColumns / 32 : 1;  // of a lane
+  Turn turn{params.groups};
+  uint32_t number = 0;
+  for (int64_t g = last_group<C>(params); g >= 0; g -= gridDim.x, turn.next(), ++number) {
+    if (number % C::kLoaders != loader) continue;
+    const int64_t m = g * C::kGroup;
+    Row row{};
+    if (lane < C::kGroup && m + lane < queries.rows)
+      row = find_row(rows.windows, m + lane, rows.keys.count);
+
+    shared.group_empty[turn.buffer].wait(turn.phase ^ 1U);
+    Group<C>& group = shared.groups[turn.buffer];
+    float weights[kWeights];
+#pragma unroll
+    for (int i = 0; i < kWeights; ++i) {
+      const int column = i * 32 + lane;
+      const int64_t of = m + column / C::kHeads;
+      weights[i] = column < C::kColumns && of < queries.rows
+                       ? queries.weights[of * queries.weights_stride + column % C::kHeads]
+                       : 0.0F;
+    }
+#pragma unroll
+    for (int i = 0; i < kWeights; ++i)
+      if (i * 32 + lane < C::kColumns) group.weights[i * 32 + lane] = weights[i];
+    uint32_t base = ~0U;
+    uint32_t end = 0;
+    if (lane < C::kGroup) {
+      GroupRow& mine = group.rows[lane];
+      describe_row(params, m + lane, row, mine);
+      if (mine.scored) {
+        base = params.work == Work::kRefine ? 0 : mine.stage.source.first;
+        end = mine.stage.source.first + mine.stage.source.size;
+      }
+    }
+    base = __reduce_min_sync(~0U, base);
+    end = __reduce_max_sync(~0U, end);
+    const bool scored = end > 0;
+    if (lane < C::kGroup) {
+      GroupRow& mine = group.rows[lane];
+      mine.shift = mine.scored ? mine.stage.source.first - base : 0;
+    }
+    if (lane == 0) {
+      group.m = m;
+      group.size = scored ? end - base : 0;
+      group.base = base;
+      group.scale_shift =
+          (params.work == Work::kRefine ? static_cast<uint32_t>(group.rows[0].first) : base) & 3U;
+      group.blocks = params.work == Work::kRefine ? params.kept + m * rows.kept : nullptr;
+    }
+    __syncwarp();
+    ptx::Barrier& full = shared.group_full[turn.buffer];
+    if (lane == 0 && !scored) full.arrive();
+    if (lane == 0 && scored) {
+      full.arrive_and_expect(C::kColumns * C::kRowBytes);
+      for (int panel = 0; panel < C::kPanels; ++panel)
+        ptx::copy_box(
+            memory.queries + turn.buffer * Memory<C>::kQueryBytes + panel * C::kColumns * C::kPitch,
+            params.queries, full, panel * C::kPitch / C::kElement, 0, static_cast<int32_t>(m));
+    }
+    __syncwarp();
+  }
+}
+
+// Copy every kCopiers-th tile, in boxes: of the row's blocks, or the whole of it.
+template <class C>
+__device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32_t copier) {
+  Shared<C>& shared = memory.shared;
+  const uint32_t lane = threadIdx.x % 32;
+  const int shift = params.rows.block_shift;
+  const Boxes boxes = params.boxes;
+  const uint32_t scale_bytes = params.scored.scale != nullptr ? boxes.number * boxes.scales * 4 : 0;
+  const auto outside = static_cast<int32_t>(params.scored.count);  // a box of zeros
+  uint32_t stage = copier;
+  uint32_t phase = 0;
+  uint32_t first = copier;  // of the group's tiles, the first one to copy
+  Turn turn{params.groups};
+  for (int64_t g = last_group<C>(params); g >= 0; g -= gridDim.x, turn.next()) {
+    shared.group_full[turn.buffer].wait(turn.phase);
+    const Group<C>& group = shared.groups[turn.buffer];
+    const uint32_t size = lane < boxes.number ? group.size : 0;
+    const uint32_t tiles = (group.size + kTile - 1) / kTile;
+    const uint32_t base = group.base;
+    const int32_t* blocks = group.blocks;
+    uint32_t at = first * kTile + lane * boxes.keys;  // the lane's box, of the group's keys
+    // What the box's first key is made from; it takes a while to come.
+    const auto find_block = [&] {
+      if (at >= size) return outside;
+      return blocks == nullptr ? static_cast<int32_t>(base) : blocks[at >> shift];
+    };
+    const uint32_t inside = blocks == nullptr ? ~0U : (1U << shift) - 1;
+    int32_t block = find_block();
+    uint32_t tile = first;
+    for (; tile < tiles; tile += C::kCopiers) {
+      const int32_t key = block + (at < size ? static_cast<int32_t>(at & inside) : 0);
+      at += C::kCopiers * kTile;
+      block = find_block();
+      shared.tile_empty[stage].wait(phase ^ 1U);
+      ptx::Barrier& full = shared.tile_full[stage];
+      if (lane == 0) full.arrive_and_expect(Memory<C>::kTileBytes + scale_bytes);
+      __syncwarp();
+      if (lane < boxes.number) {
+        char* to = memory.keys + stage * Memory<C>::kTileBytes + lane * boxes.keys * C::kPitch;
+        for (int panel = 0; panel < C::kPanels; ++panel)
+          ptx::copy_box(to + panel * kTile * C::kPitch, params.keys, full,
+                        panel * C::kPitch / C::kElement, key);
+        if (scale_bytes > 0)
+          ptx::copy_box(memory.scale + stage * boxes.tile + lane * boxes.pitch, params.scale, full,
+                        key & ~3);
+      }
+      stage += C::kCopiers;
+      if (stage >= static_cast<uint32_t>(params.stages)) {
+        stage -= params.stages;
+        phase ^= 1U;
+      }
+    }
+    first = tile - tiles;
+  }
+}
+
+}  // namespace hisa::cuda::sm90

@@ -1,0 +1,81 @@
+// What the Hopper kernel gets, and how its memory is laid out. No torch here.
+#pragma once
+
+#include <cuda.h>
+
+#include "../params.h"
+
+namespace hisa::cuda::sm90 {
+
+enum class Work { kCoarse, kRefine, kFlat };
+
+inline constexpr int kTile = 128;        // keys that are copied and multiplied at a time
+inline constexpr int kMaxStages = 8;     // tiles in shared memory
+inline constexpr int kMaxGroups = 4;     // at hand
+inline constexpr int kChunks = 2;        // of scores
+
+// The kernels that are compiled, for fp8 and bf16: the one list that dispatch, plans and tests
+// read. Rows of a group are scored together, against the same keys.
+struct Variant {
+  int heads;
+  int dim;
+};
+inline constexpr Variant kVariants[] = {
+    {64, 128},
+    {32, 128},
+};
+// Rows of a group: one where each has blocks of its own, else as many as there are registers for.
+constexpr int group_size(int heads, int dim, ElementType type, Work work) {
+  const int columns = dim * element_size(type) > 128 ? 64 : heads == 64 ? 128 : 64;
+  return work == Work::kRefine || heads > columns ? 1 : columns / heads;
+}
+
+// A tile is copied in boxes: of a row's blocks, or the whole of it. A box of scales has to begin at
+// a multiple of 16 bytes in the tensor and of 128 in shared memory, so it has up to 3 more in
+// front.
+struct Boxes {
+  uint32_t keys;      // of a box
+  uint32_t number;    // of a tile
+  uint32_t scales;    // of a box
+  uint32_t pitch;     // floats from one box of scales to the next
+  uint32_t tile;      // floats of a tile's
+  uint32_t half;      // from a key's scale to that of the 64th key behind it
+};
+constexpr Boxes make_boxes(int64_t block_size) {  // 0: adjacent keys
+  const auto keys =
+      static_cast<uint32_t>(block_size == 0 || block_size > kTile ? kTile : block_size);
+  const uint32_t pitch = (keys + 4 + 31) / 32 * 32;
+  return {keys,  kTile / keys,         keys + 4,
+          pitch, kTile / keys * pitch, keys > 64 ? 64 : 64 / keys * pitch};
+}
+
+struct Params {
+  Keys scored;      // by this kernel: rows.keys or rows.pooled
+  RowsParams rows;  // chunk: of a row's scores; workspace: [grid, group, 2, capacity] or null
+  CUtensorMap queries;  // [rows, heads, dim], in boxes of a group
+  CUtensorMap keys;     // [count, dim], in boxes of boxes.keys
+  CUtensorMap scale;    // [count], in boxes of boxes.scales
+  int32_t* kept;        // [rows, rows.kept] first tokens of the blocks kept; null for flat
+  Work work;
+  int stages;
+  uint32_t groups;  // at hand
+  Boxes boxes;
+};
+
+// Bytes from the start of shared memory on. Boxes are swizzled, so they begin at multiples of 1024.
+struct Layout {
+  int64_t queries, keys, scale, chunks, buffers, total;
+};
+HISA_HOST_DEVICE constexpr Layout make_layout(int64_t fixed, int group, int heads,
+                                              int64_t row_bytes, int64_t groups, int stages,
+                                              int64_t tile_scales, int64_t chunk,
+                                              int64_t capacity) {
+  const int64_t queries = (fixed + 1023) / 1024 * 1024;
+  const int64_t keys = queries + groups * ((group * heads * row_bytes + 1023) / 1024 * 1024);
+  const int64_t scale = keys + stages * kTile * row_bytes;
+  const int64_t chunks = scale + stages * tile_scales * 4;
+  const int64_t buffers = chunks + kChunks * group * chunk * 4;
+  return {queries, keys, scale, chunks, buffers, buffers + group * 2 * capacity * 4};
+}
+
+}  // namespace hisa::cuda::sm90

@@ -1,0 +1,97 @@
+// The kernel of stages `coarse`, `refine` and `flat` on Hopper.
+#pragma once
+
+#include <iterator>
+#include <utility>
+
+#include "../ptx/warpgroup.cuh"
+#include "choose.cuh"
+#include "launch.h"
+#include "load.cuh"
+#include "score.cuh"
+
+namespace hisa::cuda::sm90 {
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__ Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char start[];
+  const Memory<C> memory(start, params);
+  if (threadIdx.x == 0) memory.shared.init_barriers();
+  if (params.scored.scale == nullptr)
+    for (uint32_t i = threadIdx.x; i < params.stages * params.boxes.tile; i += C::kThreads)
+      memory.scale[i] = 1.0F;
+  __syncthreads();
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
+  const uint32_t warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::shrink_registers<C::kSelectRegisters>();
+    Selector<C>(params, memory).run();
+  } else if (warpgroup == 1) {
+    ptx::shrink_registers<C::kLoadRegisters>();
+    const uint32_t warp = threadIdx.x / 32 % 4;
+    if (warp < C::kCopiers)
+      copy_tiles<C>(params, memory, warp);
+    else
+      load_groups<C>(params, memory, warp - C::kCopiers);
+  } else {
+    ptx::grow_registers<C::kScoreRegisters>();
+    Scorer<C>(params, memory).run();
+  }
+#endif
+}
+
+template <class C>
+cudaError_t launch(const Params& params, const Plan& plan, cudaStream_t stream) {
+  const auto of = kernel<C>;
+  // NOTE: the limit belongs to the kernel, so another thread's call must not lower it in between.
+  const cudaError_t error =
+      cudaFuncSetAttribute(of, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap{};  // with the end of the kernel before
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.grid));
+  config.blockDim = dim3(C::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, of, params);
+}
+
+// Call `use` with the Config of the variant and the kind of work.
+template <ElementType kType, class Use>
+auto with_config(int64_t heads, int64_t dim, Work work, Use use) {
+  decltype(use(Config<kType, 64, 128, 1>{})) result{};
+  const auto of_work = [&]<int kHeads, int kDim>() {
+    if (work == Work::kRefine)
+      result = use(Config<kType, kHeads, kDim, group_size(kHeads, kDim, kType, Work::kRefine)>{});
+    else
+      result = use(Config<kType, kHeads, kDim, group_size(kHeads, kDim, kType, Work::kFlat)>{});
+  };
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    ((kVariants[i].heads == heads && kVariants[i].dim == dim
+          ? of_work.template operator()<kVariants[i].heads, kVariants[i].dim>()
+          : void()),
+     ...);
+  }(std::make_index_sequence<std::size(kVariants)>());
+  return result;
+}
+
+template <ElementType kType>
+cudaError_t launch_kernel(const Params& params, const Plan& plan, cudaStream_t stream) {
+  return with_config<kType>(params.rows.queries.heads, params.scored.dim, plan.work,
+                            [&]<class C>(C) { return launch<C>(params, plan, stream); });
+}
+
+template <ElementType kType>
+Needs find_needs(int64_t heads, int64_t dim, Work work) {
+  return with_config<kType>(heads, dim, work, []<class C>(C) {
+    return Needs{.fixed = sizeof(Shared<C>), .stages = C::kScorers + 1};
+  });
+}
+
+}  // namespace hisa::cuda::sm90

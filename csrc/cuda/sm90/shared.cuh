@@ -1,0 +1,153 @@
+// Memory of a block of threads on Hopper, and who waits for whom.
+//
+//   loaders    warps      queries, weights and windows of a group of rows, taking turns -> group
+//   copiers    warps      its keys, every kCopiers-th tile each                         -> tile
+//   scorers    warpgroups every kScorers-th tile each: products, scores                 -> chunk
+//   selector   warpgroup  what is best of a chunk, and of a row; writes the result
+//
+// There are several groups, and two chunks of scores, so a row's selection runs while the next row
+// is scored, and a third is loaded.
+#pragma once
+
+#include "../memory.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "params.h"
+
+namespace hisa::cuda::sm90 {
+
+template <ElementType kType_, int kHeads_, int kDim, int kGroup_>
+struct Config {
+  static constexpr ElementType kType = kType_;
+  static constexpr int kHeads = kHeads_;
+  static constexpr int kGroup = kGroup_;
+  static constexpr int kColumns = kHeads * kGroup;  // of a product
+  static constexpr int kElement = static_cast<int>(element_size(kType));
+  static constexpr int kRowBytes = kDim * kElement;  // of a key
+  static constexpr int kPitch = kRowBytes < 128 ? kRowBytes : 128;  // of a panel
+  static constexpr int kPanels = kRowBytes / kPitch;  // channels of a key, one after the other
+  static constexpr int kSteps = kPitch / 32;  // products along a panel
+  // Warpgroups, and registers of their threads. At the start all threads have the same number, a
+  // multiple of 8.
+  static constexpr int kScorers = kColumns > 64 || kRowBytes > 128 ? 2 : 3;
+  static constexpr int kWarpgroups = 2 + kScorers;
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kCopiers = 2;  // warps, of the warpgroup that loads
+  static constexpr int kLoaders = 2;
+  static constexpr bool kWide = kColumns > 64;
+  static constexpr int kSelectRegisters = kScorers == 3 ? 96 : kWide ? 120 : 112;
+  static constexpr int kLoadRegisters = kWide ? 40 : 48;
+  static constexpr int kScoreRegisters = kScorers == 3 ? 112 : 176;
+  static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "the swizzles in use");
+  static_assert(kSelectRegisters + kLoadRegisters + kScorers * kScoreRegisters <=
+                65536 / kThreads / 8 * 8 * kWarpgroups);
+};
+
+struct GroupRow {
+  Stage stage;
+  bool scored;       // whether anyone needs its scores
+  uint32_t shift;    // position 0 among the group's keys
+  uint32_t kept;     // blocks; coarse only, like what follows
+  bool pruned;
+  int32_t first, last;  // their first tokens
+};
+
+template <class C>
+struct Group {
+  int64_t m;              // first row
+  uint32_t size;          // keys, see Params::work
+  uint32_t base;          // first key, where they are adjacent
+  const int32_t* blocks;  // of the row, where they are not
+  uint32_t scale_shift;   // scales in front of a box that are not the box's
+  alignas(16) float weights[C::kColumns];
+  GroupRow rows[C::kGroup];
+};
+
+// What the selector remembers of a row from chunk to chunk.
+struct RowState {
+  uint32_t buffered;
+  Bar bar;
+};
+
+template <class C>
+struct Shared {
+  SharedMemory select;
+  alignas(16) uint32_t histogram[kHistogram];  // where histogram(select) looks
+  Group<C> groups[kMaxGroups];
+  RowState states[C::kGroup];
+  ptx::Barrier group_full[kMaxGroups], group_empty[kMaxGroups];
+  ptx::Barrier chunk_full[kChunks], chunk_empty[kChunks];
+  ptx::Barrier tile_full[kMaxStages], tile_empty[kMaxStages];
+
+  __device__ void init_barriers() {
+    constexpr int kScorerWarps = 4 * C::kScorers;
+    for (int i = 0; i < kMaxGroups; ++i) {
+      group_full[i].init(1);
+      group_empty[i].init(kScorerWarps + 4);
+    }
+    for (int i = 0; i < kChunks; ++i) {
+      chunk_full[i].init(kScorerWarps);
+      chunk_empty[i].init(4);
+    }
+    for (int i = 0; i < kMaxStages; ++i) {
+      tile_full[i].init(1);
+      tile_empty[i].init(4);
+    }
+    ptx::fence_barrier_init();
+  }
+};
+
+// Where the parts of dynamic shared memory are.
+template <class C>
+struct Memory {
+  Shared<C>& shared;
+  char* queries;  // [groups] of kQueryBytes
+  char* keys;     // [stages] of kTileBytes
+  float* scale;   // [stages, boxes.tile]
+  float* chunks;  // [kChunks, kGroup, chunk]
+  float* buffers;  // [kGroup, 2, capacity]
+
+  static constexpr int kQueryBytes = (C::kColumns * C::kRowBytes + 1023) / 1024 * 1024;
+  static constexpr int kTileBytes = kTile * C::kRowBytes;
+
+  __device__ Memory(char* start, const Params& params)
+      : shared(*reinterpret_cast<Shared<C>*>(start)) {
+    static_assert(offsetof(Shared<C>, histogram) == kSharedBytes);
+    const RowsParams& rows = params.rows;
+    const Layout at = make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes,
+                                  params.groups, params.stages, params.boxes.tile, rows.chunk,
+                                  rows.workspace == nullptr ? rows.capacity : 0);
+    queries = start + at.queries;
+    keys = start + at.keys;
+    scale = reinterpret_cast<float*>(start + at.scale);
+    chunks = reinterpret_cast<float*>(start + at.chunks);
+    buffers = reinterpret_cast<float*>(rows.workspace == nullptr
+                                           ? start + at.buffers
+                                           : rows.workspace + blockIdx.x * C::kGroup * 2 *
+                                                                  rows.capacity * int64_t{4});
+  }
+  __device__ float* chunk(uint32_t i, int row, int64_t size) const {
+    return chunks + (i * C::kGroup + row) * size;
+  }
+};
+
+// Which of `count` buffers is next, and the parity of how often it was.
+struct Turn {
+  uint32_t count;
+  uint32_t buffer = 0;
+  uint32_t phase = 0;
+
+  __device__ void next() {
+    if (++buffer < count) return;
+    buffer = 0;
+    phase ^= 1U;
+  }
+};
+
+// A block handles groups of rows from the last to the first: in a causal prefill the last ones take
+// longest.
+template <class C>
+__device__ __forceinline__ int64_t last_group(const Params& params) {
+  return (params.rows.queries.rows - 1) / C::kGroup - blockIdx.x;
+}
+
+}  // namespace hisa::cuda::sm90
