@@ -21,19 +21,25 @@ from tests.case import Case
 from tests.numeric import DTYPES, F32, FP8, decode
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+SHAPES = {  # of random calls: heads and head dimensions, the frequent ones several times
+    "any": ((1, 1, 2, 2, 3, 4, 5, 8, 16, 64), (16, 16, 16, 32, 48, 80, 128, 256)),
+    "hopper": ((16, 16, 16, 32, 32, 64, 128), (64, 64, 128)),  # csrc/cuda/sm90
+}
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 Rng = np.random.Generator
+shapes = "any"  # set by the option --shapes
 
 
 def exact_case(seed: int, *, budget: float = 1.5e6, **fixed: Any) -> Case:
     """Return a random call, exact in fp32; `fixed` pins dtype, H, D, N, M, B or any other field.
 
-    `budget` bounds M * N * H * D.
+    `budget` bounds M * N * H * D. `--shapes` says which H and D there are.
     """
     rng = np.random.default_rng(seed)
+    all_heads, depths = SHAPES[shapes]
     dtype = fixed.pop("dtype", DTYPES[rng.integers(4)])
-    heads = fixed.pop("H", int(rng.choice([1, 1, 2, 2, 3, 4, 5, 8, 16, 64])))
-    depth = fixed.pop("D", int(rng.choice([16, 16, 16, 32, 48, 80, 128, 256])))
+    heads = fixed.pop("H", int(rng.choice(all_heads)))
+    depth = fixed.pop("D", int(rng.choice(depths)))
     size = fixed.pop("B", int(rng.choice(BLOCK_SIZES, p=[0.3, 0.2, 0.15, 0.15, 0.1, 0.1])))
     n = fixed.pop("N", random_length(rng, size, budget / (heads * depth)))
     rows = int(min(rng.integers(1, 13), 1 + budget // (max(n, 1) * heads * depth)))

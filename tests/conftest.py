@@ -10,6 +10,7 @@ from types import FrameType
 import pytest
 import torch
 
+from tests import builders
 from tests.families import FAMILIES, REFERENCE, Family, available, usable_cuda
 
 TEST_SECONDS = 60
@@ -18,11 +19,13 @@ TEST_SECONDS = 60
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options that narrow a run down to one failure."""
     parser.addoption("--families", default="", help="comma-separated kernel families to run")
+    parser.addoption("--shapes", default="any", choices=builders.SHAPES, help="of random calls")
     parser.addoption("--fuzz-seed", type=int, help="run only this seed of the T1 fuzz")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker that this file reads."""
+    """Register the marker that this file reads, and hand on an option."""
+    builders.shapes = config.getoption("shapes")
     config.addinivalue_line("markers", "seconds(n): time limit of one test, 60 by default")
 
 

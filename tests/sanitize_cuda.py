@@ -16,6 +16,11 @@ from tests.test_cuda_dispatch import KERNELS
 from tests.test_t18_mask_windows import DTYPES as MASK_DTYPES
 from tests.test_t18_mask_windows import LAYOUTS, assert_right, fuzzed
 
+# In chunks; in the workspace. Keys, topk, heads, channels: the last two for Hopper.
+LAYOUTS_OF_SCORES = [
+    (30000, 2048, 1, 16), (70000, 65000, 1, 16), (9000, 600, 16, 64), (20000, 9000, 16, 64),
+]  # fmt: skip
+
 
 def main() -> None:
     """Run all shapes."""
@@ -27,8 +32,8 @@ def main() -> None:
             assert_same(CUDA.index(case), oracle.index(case))
             assert_same(CUDA.flat_index(case), oracle.flat_index(case))
             shapes += 1
-    for n, topk in [(30000, 2048), (70000, 65000)]:  # in chunks; in the workspace
-        case = exact_case(shapes, dtype=torch.bfloat16, M=1, N=n, H=1, D=16, topk=topk)
+    for n, topk, heads, depth in LAYOUTS_OF_SCORES:
+        case = exact_case(shapes, dtype=torch.bfloat16, M=1, N=n, H=heads, D=depth, topk=topk)
         assert_same(CUDA.flat_index(case), oracle.flat_index(case))
         shapes += 1
     for dtype in MASK_DTYPES:

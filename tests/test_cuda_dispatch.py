@@ -41,12 +41,24 @@ def test_every_kernel(dtype: torch.dtype, heads: int, depth: int, kernel: str) -
     plan = hisa.plan(8, 900, heads, depth, dtype=dtype, device="cuda", block_size=8, block_topk=9,
                      topk=21)  # fmt: skip
     name = "cuda/fma" if dtype == torch.float32 else f"cuda/mma-{kernel}"
+    if is_hopper(dtype, heads, depth):
+        name = f"cuda/wgmma-{heads}x{depth}"
     assert set(plan.kernels.values()) == {name} and plan.kernels.keys() >= {"pool", "coarse"}
     for seed in range(2):
         case = exact_case(seed, dtype=dtype, M=8, N=900, H=heads, D=depth, B=8, topk=21,
                           block_topk=9)  # fmt: skip
         assert_same(CUDA.index(case), oracle.index(case))
         assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+
+
+def is_hopper(dtype: torch.dtype, heads: int, depth: int) -> bool:
+    """Say whether the kernels of csrc/cuda/sm90 take such calls here."""
+    return (
+        torch.cuda.get_device_capability() == (9, 0)
+        and dtype in (torch.float8_e4m3fn, torch.bfloat16)
+        and heads in (16, 32, 64, 128)
+        and depth in (64, 128)
+    )
 
 
 def workspace(case: Case, **changes: Any) -> int:

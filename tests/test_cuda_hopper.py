@@ -1,0 +1,114 @@
+"""The kernels for Hopper: every one, and every way to lay out its memory.
+
+Rows are scored in groups, keys copied in tiles of 128 tokens and in boxes of a block, scores handed
+on in chunks; which of it a call needs follows from its sizes. Catches a row, block or scale taken
+for its neighbour's, a chunk read before it is written, a group whose rows have different windows.
+The rest of the suite runs on these kernels with `--shapes hopper`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hisa
+from tests import oracle
+from tests.builders import BLOCK_SIZES, exact_case, int32
+from tests.case import Case
+from tests.checker import assert_same
+from tests.families import CUDA, usable_cuda
+from tests.numeric import short_name
+
+HOPPER = usable_cuda() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
+DTYPES = [torch.float8_e4m3fn, torch.bfloat16]
+
+
+def check(case: Case) -> None:
+    """Compare both operators with the oracle, bit for bit."""
+    assert_same(CUDA.index(case), oracle.index(case))
+    assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+def test_every_kernel(dtype: torch.dtype, heads: int, depth: int) -> None:
+    """Rows that fill the last group and that do not, packed segments, all block sizes."""
+    plan = hisa.plan(8, 900, heads, depth, dtype=dtype, device="cuda", block_size=8, block_topk=9,
+                     topk=21)  # fmt: skip
+    assert set(plan.kernels.values()) == {f"cuda/wgmma-{heads}x{depth}"}
+    for seed, size in enumerate(BLOCK_SIZES):
+        check(exact_case(seed, dtype=dtype, M=7 + seed % 3, N=7 * size + 5, H=heads, D=depth,
+                         B=size, block_topk=3, topk=2 * size + 1))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("topk", [1, 600, 2048, 9000, 30000])
+def test_flat_in_every_layout(dtype: torch.dtype, topk: int) -> None:
+    """All scores at once, in chunks with a buffer on the chip, in chunks with one in memory."""
+    ke = int32([20000, 19999, 13001, 9, 20000, 1500])
+    case = exact_case(3, dtype=dtype, M=6, N=20000, H=16, D=64, topk=topk, B=8, cu_seqlens_k=None,
+                      ks=int32([0, 5, 70, 9, 13000, 0]), ke=ke)  # fmt: skip
+    plan = hisa.plan(*case.shape, dtype=dtype, device="cuda", op="flat_index", topk=topk)
+    assert (plan.workspace_bytes > 0) == (topk >= 9000)
+    assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize(("block_topk", "topk"), [(100, 40), (1500, 900), (2000, 12000)])
+def test_hierarchical_in_every_layout(dtype: torch.dtype, block_topk: int, topk: int) -> None:
+    """Budgets of 800, 12,000 and 16,000 tokens, in blocks of 8: sixteen boxes of a tile."""
+    case = exact_case(4, dtype=dtype, M=3, N=20000, H=16, D=64, B=8, topk=topk, cu_seqlens_k=None,
+                      block_topk=block_topk, ke=int32([20000, 19999, 17001]))  # fmt: skip
+    assert_same(CUDA.index(case), oracle.index(case))
+
+
+@pytest.mark.parametrize("blocks", [400, 900, 3000])
+def test_select_blocks(blocks: int) -> None:
+    """One warp selects among up to 512 blocks, or 1024; beyond that all of them do."""
+    case = exact_case(6, dtype=torch.bfloat16, M=5, N=8 * blocks, H=16, D=64, B=8, block_topk=50,
+                      topk=33, cu_seqlens_k=None,
+                      ke=int32([8 * blocks - i for i in range(5)]))  # fmt: skip
+    assert_same(CUDA.index(case), oracle.index(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+def test_rows_of_all_lengths(dtype: torch.dtype) -> None:
+    """Many more groups than blocks of threads; rows that are empty, short, pruned, side by side."""
+    ke = [(37 * i) % 901 if i % 5 else 0 for i in range(1200)]
+    case = exact_case(5, dtype=dtype, M=1200, N=900, H=16, D=64, B=8, topk=40, block_topk=9,
+                      cu_seqlens_k=None, ks=None, ke=int32(ke))  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize("values", ["alike", "infinite", "nan", "outlier", "denormal"])
+def test_scores_out_of_the_ordinary(values: str) -> None:
+    """The range of a row's scores is no help, or cannot be computed."""
+    rows, keys, topk = 4, 3000, 700
+    generator = torch.Generator().manual_seed(1)
+    k = torch.randint(-2, 3, (keys, 64), generator=generator).bfloat16()
+    weights = torch.ones(rows, 16)
+    changes: dict[str, Any] = {
+        "alike": (slice(None), 1.0),
+        "infinite": (slice(100, 2900, 7), torch.inf),
+        "nan": (slice(5, 2900, 3), torch.nan),
+        "outlier": (slice(77, 78), 2.0**100),
+        "denormal": (slice(None), 2.0**-126),
+    }
+    at, value = changes[values]
+    scale = torch.ones(keys)
+    if values == "alike":
+        k[:] = 1
+    elif values == "nan":
+        k[at] = torch.nan
+    else:
+        scale[at] = value
+    q = torch.randint(-2, 3, (rows, 16, 64), generator=generator).bfloat16()
+    case = Case(q=q, k=k, weights=weights, k_scale=scale, topk=topk, block_size=128, block_topk=8)
+    assert_same(CUDA.flat_index(case), oracle.flat_index(case))
