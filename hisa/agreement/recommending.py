@@ -64,7 +64,8 @@ class Recommendation:
     def pick(self) -> Candidate | None:
         """The fastest candidate that reaches the target; None if none does."""
         # NOTE: recall is in float32, where 9 of 10 is a little less than 0.9.
-        target = min(self.target, float(torch.tensor(self.target, dtype=torch.float32)))
+        rounded = torch.tensor(self.target, dtype=torch.float32, device="cpu")
+        target = min(self.target, float(rounded))
         enough = [c for c in self.candidates if self.value(c) >= target]
         return min(enough, key=self._order, default=None)
 
