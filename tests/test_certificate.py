@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa import bounds, certificate
+from hisa import bounds, proof
 from hisa.windows import clamp_windows
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
@@ -272,7 +272,7 @@ def test_chunks_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Rows and keys a few at a time."""
     case = clusters(1, torch.bfloat16, 0.01, cu_seqlens_k=int32([0, 100, 512])).to(device)
     whole = hisa.certify(case.q, case.k, case.weights, **arguments(case))
-    monkeypatch.setattr(certificate, "CHUNK_BYTES", 20000)
+    monkeypatch.setattr(proof, "CHUNK_BYTES", 20000)
     monkeypatch.setattr(bounds, "CHUNK_BYTES", 5000)
     parts = hisa.certify(case.q, case.k, case.weights, **arguments(case))
     for name in ("indices", "scores", "proved", "margin"):

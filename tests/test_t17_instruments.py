@@ -18,6 +18,8 @@ INSTRUMENTS: list[Callable[..., Any]] = [
     partial(hisa.compare, progress=False),
     partial(hisa.explain, row=0),
     partial(hisa.recommend, progress=False, target=0.5),
+    partial(hisa.certify),
+    partial(hisa.exact_index),
 ]
 
 
