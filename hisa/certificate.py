@@ -98,7 +98,8 @@ def certify(
 
     Args:
         q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, block_size, block_topk, topk, pooling:
-            as for `hisa.index`, but D is at most 240 and H at most 127.
+            as for `hisa.index`, but D is at most 240 and H at most 127, for the bounds are scored
+            with 16 channels and a head more.
         bound_size: keys that share a bound, at most `block_size`: 8, 16, 32, 64, 128 or 256. Fewer
             give tighter bounds at a higher cost. By default 64, or `block_size` if that is less.
 

@@ -32,12 +32,22 @@ class Proved(NamedTuple):
 
 
 def check_limits(*, heads: int, dim: int) -> None:
-    """Raise ValueError if there are more heads or channels than a proof can have."""
+    """Raise ValueError if there are more heads or channels than a proof can have.
+
+    What rounding does is bounded for any number of them. But a ball is scored by the operators
+    themselves, as a key whose radius takes channels of its own and is weighed by a head of its own,
+    and they have a limit.
+    """
     limits = _extension.require().build_info()
-    most = {"D": limits["max_dim"] - CHANNELS, "H": limits["max_heads"] - 1}
-    for name, got in (("D", dim), ("H", heads)):
-        if got > most[name]:
-            raise ValueError(f"{name}: expected at most {most[name]} for a proof, got {got}")
+    for name, got, limit, own in (
+        ("D", dim, limits["max_dim"], CHANNELS),
+        ("H", heads, limits["max_heads"], 1),
+    ):
+        if got > limit - own:
+            raise ValueError(
+                f"{name}: expected at most {limit - own} for a proof, which needs {own} of {limit} "
+                f"for itself, got {got}"
+            )
 
 
 def check_bound_size(bound_size: int, block_size: int) -> None:
