@@ -46,9 +46,9 @@ def make_balls(k: Tensor, k_scale: Tensor | None, cu_seqlens_k: Tensor | None, s
     first = _first_tokens(n, slots, size, cu_seqlens_k, k.device)
     dtype = torch.float16 if k.dtype == torch.float8_e4m3fn else k.dtype
     keys = torch.zeros(slots, dim + CHANNELS, dtype=dtype, device=k.device)
-    scale = torch.ones(slots, device=k.device)
+    scale = torch.ones(slots, dtype=torch.float32, device=k.device)
     finite = torch.ones(slots, dtype=torch.bool, device=k.device)
-    longest = torch.zeros((), device=k.device)
+    longest = torch.zeros((), dtype=torch.float32, device=k.device)
     step = max(1, CHUNK_BYTES // (4 * size * dim))
     for begin in range(0, slots, step):
         at = slice(begin, begin + step)

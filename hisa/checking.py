@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -70,11 +72,24 @@ def check_inputs(
     pooling: str,
     return_scores: bool = False,
 ) -> None:
-    """Raise what `hisa.index` would raise, for those that call it later and more than once."""
+    """Raise what `hisa.index` would raise, for those that call it later and more than once.
+
+    With HISA_CHECK=1 that is what `check` raises.
+    """
     tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
     sizes = (block_size, block_topk, topk, pooling)
     check_index_types(*tensors, pooled, *sizes, return_scores)
-    _extension.require().check_index(*tensors, *(pooled or (None, None)), *sizes)
+    pair = (None, None) if pooled is None else pooled
+    _extension.require().check_index(*tensors, *pair, *sizes)
+    if wants_check(*tensors, *pair):
+        check_values(k, k_scale, ks, ke, cu_seqlens_k)
+
+
+def wants_check(*tensors: Tensor | None) -> bool:
+    """Whether HISA_CHECK=1 asks for `check`, and these tensors' values can be looked at."""
+    if torch.compiler.is_compiling() or os.environ.get("HISA_CHECK", "0") in ("", "0"):
+        return False
+    return readable(*tensors)
 
 
 def readable(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ tensors, and the second one has no rows where scores were not asked for. `mask_w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal, TypeVar, overload
 
@@ -22,18 +21,12 @@ from .checking import (
     check_index_types,
     check_types,
     check_values,
-    readable,
+    wants_check,
 )
 from .contract import check_contract, check_mask, check_numbers
 
 Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def _checking(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or os.environ.get("HISA_CHECK", "0") in ("", "0"):
-        return False
-    return readable(*tensors)
 
 
 def _fake_kernel(name: str) -> Callable[[Function], Function]:
@@ -219,7 +212,7 @@ def index(
         return_scores,
     )
     pooled_k, pooled_scale = (None, None) if pooled is None else pooled
-    if _checking(q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled_k, pooled_scale):
+    if wants_check(q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled_k, pooled_scale):
         check(
             q,
             k,
@@ -359,7 +352,7 @@ def flat_index(
     check_types(OPTIONAL, k_scale=k_scale, ks=ks, ke=ke)
     check_types(NUMBER, topk=topk)
     check_types(bool, return_scores=return_scores)
-    if _checking(q, k, weights, k_scale, ks, ke):
+    if wants_check(q, k, weights, k_scale, ks, ke):
         _extension.require().check_flat_index(q, k, weights, k_scale, ks, ke, topk)
         check_values(k, k_scale, ks, ke, None)
     indices, scores = torch.ops.hisa.flat_index(

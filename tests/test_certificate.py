@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa import bounds, certificate
+from hisa import bounds, proof
 from hisa.windows import clamp_windows
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
@@ -272,7 +272,7 @@ def test_chunks_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Rows and keys a few at a time."""
     case = clusters(1, torch.bfloat16, 0.01, cu_seqlens_k=int32([0, 100, 512])).to(device)
     whole = hisa.certify(case.q, case.k, case.weights, **arguments(case))
-    monkeypatch.setattr(certificate, "CHUNK_BYTES", 20000)
+    monkeypatch.setattr(proof, "CHUNK_BYTES", 20000)
     monkeypatch.setattr(bounds, "CHUNK_BYTES", 5000)
     parts = hisa.certify(case.q, case.k, case.weights, **arguments(case))
     for name in ("indices", "scores", "proved", "margin"):
@@ -315,50 +315,3 @@ def test_no_rows_no_keys_and_empty_windows(device: str) -> None:
     assert assert_true(keys.to(device)).proved.all()
     rows = case.rows([]).replace(ks=None, ke=None)
     assert assert_true(rows.to(device)).proved.shape == (0,)
-
-
-def test_text() -> None:
-    """A line says how many rows are proved, and how many of them had to be."""
-    case = clusters(1, torch.float32, 0.003, ke=int32([90] * 20 + [512] * 20))
-    found = hisa.certify(case.q, case.k, case.weights, **arguments(case))
-    proved = int(found.proved.sum())
-    want = f"{proved} of 40 rows are proved equal to flat, 20 of them since nothing is discarded"
-    assert str(found) == repr(found) == want
-
-
-@pytest.mark.gpu
-def test_no_synchronisation() -> None:
-    """Nothing waits for the device."""
-    case = clusters(1, torch.bfloat16, 0.01, cu_seqlens_k=int32([0, 100, 512])).to("cuda")
-    hisa.exact_index(case.q, case.k, case.weights, **arguments(case))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        hisa.exact_index(case.q, case.k, case.weights, **arguments(case))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("call", [hisa.certify, hisa.exact_index])
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"bound_size": 12}, ValueError, "bound_size: expected one of"),
-    ({"bound_size": 16}, ValueError, "bound_size: expected .* at most block_size = 8, got 16"),
-    ({"bound_size": 8.0}, TypeError, "bound_size: expected int, got float"),
-    ({"block_topk": 1}, ValueError, "block_topk: expected at least 2"),
-    ({"topk": 97}, ValueError, "topk: expected at most"),
-    ({"ke": torch.zeros(40)}, TypeError, "ke: expected"),
-])  # fmt: skip
-def test_bad_calls(
-    call: Any, changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    """The messages of `hisa.index`, and one for the balls."""
-    case = clusters(1, torch.float32, 0.003)
-    with pytest.raises(error, match=message):
-        call(case.q, case.k, case.weights, **{**arguments(case), **changes})
-
-
-def test_too_many_channels_or_heads() -> None:
-    """A ball takes channels and a head of its own."""
-    with pytest.raises(ValueError, match="D: expected at most 240 for a proof, got 256"):
-        hisa.certify(torch.ones(1, 1, 256), torch.ones(9, 256), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="H: expected at most 127 for a proof, got 128"):
-        hisa.certify(torch.ones(1, 128, 16), torch.ones(9, 16), torch.ones(1, 128))

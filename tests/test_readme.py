@@ -1,4 +1,4 @@
-"""The Python blocks of README.md run as they stand, and its table is that of the results."""
+"""The Python blocks of README.md and of a page run as they stand; the table is the results'."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import pytest
 from benchmarks import summary
 
 README = Path(__file__).parent.parent / "README.md"
+WRAPPING = README.parent / "docs" / "wrapping.md"
 RESULTS = README.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.seconds(180)
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [README, WRAPPING], ids=lambda page: str(page.name))
+def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who pastes the blocks one after the other sees no error."""
+    if not page.exists():
+        pytest.skip(f"{page.name} is not part of a distribution")
     monkeypatch.chdir(tmp_path)
-    text = README.read_text()
+    text = page.read_text()
     blocks = list(BLOCK.finditer(text))
-    assert blocks, "README.md has no Python blocks"
+    assert blocks, f"{page.name} has no Python blocks"
     namespace: dict[str, object] = {"__name__": "readme"}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block.group(1), str(README), "exec"), namespace)
+        exec(compile("\n" * line + block.group(1), str(page), "exec"), namespace)
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the results are not part of a distribution")

@@ -8,6 +8,7 @@ select enough. What a call takes is measured, so no test depends on it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,26 +71,53 @@ def test_recall_is_that_of_compare(device: str) -> None:
     assert min(c.recall.minimum for c in found.candidates) < 1
 
 
+class Clock:
+    """Stands in for the clock: a call takes 1 + block_topk, flat 11, times `rate(calls so far)`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float]) -> None:
+        self.calls: list[Any] = []
+        self.rate = rate
+        monkeypatch.setattr(recommending, "_time_on_cpu", self.time)
+
+    def time(self, call: Any, device: torch.device) -> float:
+        """Return what a call takes."""
+        self.calls.append(call)
+        work = 1 + int(call.keywords.get("block_topk", 10))
+        return work * self.rate(len(self.calls) - 1)
+
+
 def test_every_call_is_timed_as_it_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows at once, flat in the same windows, and the median is taken of warm calls."""
     inputs = packed_inputs(1, [(20, 90), (30, 200)], H=4, D=16)
     inputs["ke"][0] = 200  # in the second sequence, so that it is read as the end of the first
-    calls: list[Any] = []
-    times = iter([9.0, 1.0, 3.0, 2.0, 8.0, 2.5] * 2)
-
-    def timed(call: Any, device: torch.device) -> float:
-        calls.append(call)
-        return next(times)
-
-    monkeypatch.setattr(recommending, "_time_on_cpu", timed)
+    rates = [9.0, 1.0, 3.0, 2.0, 8.0, 2.5]
+    clock = Clock(monkeypatch, lambda number: rates[number // 2])
     found = recommend(inputs, block_size=8, block_topk=4, pooling="max")
-    assert found.candidates[0].seconds == found.flat_seconds == 2.5
+    assert found.candidates[0].seconds == 5 * 2.5 and found.flat_seconds == 11 * 2.5
     options: Any = {"block_size": 8, "block_topk": 4, "pooling": "max", "topk": 32}
-    assert torch.equal(calls[0](), hisa.index(**inputs, **options))
+    ours, flat = clock.calls[:2]
+    assert torch.equal(ours(), hisa.index(**inputs, **options))
     ks, ke = inputs["ks"], inputs["ke"].clone()
     ke[0] = 90
     tensors = (inputs["q"], inputs["k"], inputs["weights"])
-    assert torch.equal(calls[-1](), hisa.flat_index(*tensors, ks=ks, ke=ke, topk=32))
+    assert torch.equal(flat(), hisa.flat_index(*tensors, ks=ks, ke=ke, topk=32))
+
+
+@pytest.mark.parametrize("rate", [
+    lambda number: 1 + number / 10, lambda number: 1 / (1 + number / 10),
+    lambda number: 100 if 8 <= number < 16 else 1,
+], ids=["slower", "faster", "interrupted"])  # fmt: skip
+def test_a_machine_that_drifts_favours_none(
+    monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float]
+) -> None:
+    """The settings take turns: an order by work is an order by time, however they are given."""
+    for budgets in ((4, 5, 6, 7, 8), (8, 7, 6, 5, 4)):
+        clock = Clock(monkeypatch, rate)
+        found = recommend(clustered("cpu"), block_size=8, block_topk=budgets, pooling="mean")
+        assert len(clock.calls) == 6 * 6
+        ordered = sorted(found.candidates, key=lambda c: c.seconds)
+        assert [c.setting.block_topk for c in ordered] == [4, 5, 6, 7, 8]
+        assert found.flat_seconds > ordered[-1].seconds
 
 
 def made(*measured: tuple[float, float], **changes: Any) -> Recommendation:

@@ -94,7 +94,8 @@ def test_schemas_are_kept() -> None:
 
 def current_schemas() -> dict[str, str]:
     """Schemas of this build."""
-    return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in (*OPS, "mask_windows")}
+    names = (*OPS, "certify", "exact_index", "mask_windows")
+    return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in names}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -182,7 +182,8 @@ def _gather(found: list[list[Measures]], name: str) -> Tensor:
     """Put the chunks of each setting together: `[settings, M]` on the CPU."""
     columns = [[getattr(measures, name).cpu() for measures in chunks] for chunks in found]
     dtype = torch.int32 if name == "worst_miss" else torch.float32
-    return torch.stack([torch.cat(c) if c else torch.empty(0, dtype=dtype) for c in columns])
+    none = torch.empty(0, dtype=dtype, device="cpu")
+    return torch.stack([torch.cat(c) if c else none for c in columns])
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def explain(
     first, last = seen.block(seen.start, block_size), seen.block(seen.end - 1, block_size)
     shift = -(-seen.origin // block_size)  # slot of the segment's block 0
     coarse = _scores(q, pooled[0], weights, pooled[1], shift + first + 1, shift + last)
-    tokens = torch.arange(seen.start, seen.end)
+    tokens = torch.arange(seen.start, seen.end, device="cpu")
     block_of = (tokens - seen.origin) // block_size - first  # [tokens], candidates from 0 on
     starts = range(seen.origin + first * block_size, seen.end, block_size)
     blocks, bar = _blocks(starts, coarse, block_topk, block_of, scores, best, chosen)
@@ -114,7 +114,7 @@ def _scores(
 ) -> Tensor:
     """Score keys [start, end) for one row, to the bit as the operators do: on the CPU."""
     if end <= start:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     window = {"ks": _int32(start, keys), "ke": _int32(end, keys)}
     count = end - start  # all are selected, so their scores come in order
     scores = flat_index(q, keys, weights, k_scale=scale, **window, topk=count, return_scores=True)
@@ -146,11 +146,12 @@ def _blocks(
     places = block_topk - 2 if pruned else len(coarse)
     order = _order(coarse)
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(1, len(order) + 1)
+    rank[order] = torch.arange(1, len(order) + 1, device="cpu")
     bar = float(coarse[order[places - 1]]) if pruned and places else None
     inner: list[Fate] = ["kept" if place <= places else "dropped" for place in rank.tolist()]
 
-    top = torch.full((count,), -torch.inf).scatter_reduce(0, block_of, _ranked(scores), "amax")
+    top = scores.new_full((count,), -torch.inf)
+    top = top.scatter_reduce(0, block_of, _ranked(scores), "amax")
     columns = (
         starts,
         block_of.bincount(minlength=count).tolist(),

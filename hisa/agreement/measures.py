@@ -50,7 +50,8 @@ def measure(flat: tuple[Tensor, Tensor], chosen: tuple[Tensor, Tensor], lowest: 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """Return part / whole in fp32; all of nothing is 1."""
-    return torch.where(whole == 0, 1.0, part / whole).float()
+    share = part.double() / whole.double()
+    return torch.where(whole == 0, 1.0, share).float()
 
 
 def _mass(indices: Tensor, scores: Tensor, lowest: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class Recommendation:
     def pick(self) -> Candidate | None:
         """The fastest candidate that reaches the target; None if none does."""
         # NOTE: recall is in float32, where 9 of 10 is a little less than 0.9.
-        target = min(self.target, float(torch.tensor(self.target, dtype=torch.float32)))
+        rounded = torch.tensor(self.target, dtype=torch.float32, device="cpu")
+        target = min(self.target, float(rounded))
         enough = [c for c in self.candidates if self.value(c) >= target]
         return min(enough, key=self._order, default=None)
 
@@ -205,8 +206,9 @@ def recommend(
         hisa.index(q, k, weights, ks=ks, ke=ke, **found.pick.setting._asdict())
 
     Recall is over the rows whose window is not empty. Time is the median of a few calls of
-    `hisa.index` for all rows at once, the pooling of the keys included; other work on the device
-    makes it less certain, and so the pick among settings that are about as fast.
+    `hisa.index` for all rows at once, the pooling of the keys included. The settings take turns,
+    so that none is favoured by a machine that slows down meanwhile; other work on the device makes
+    the pick among settings that are about as fast less certain.
 
     Args:
         q, k, weights, k_scale, ks, ke, cu_seqlens_k, topk: as for `hisa.index`.
@@ -251,26 +253,38 @@ def recommend(
     if not bool((compared.context > 0).any()):
         raise ValueError(f"q: expected a row that sees a token, got none in {q.shape[0]} rows")
 
-    candidates = []
-    with progress_bar("hisa.recommend", 1 + len(settings), progress) as step:
-        for summary in compared.overall():
-            options: dict[str, Any] = {**inputs, **summary.setting._asdict(), "topk": topk}
-            seconds = _measure(partial(index, q, k, weights, **options), q.device)
-            candidates.append(Candidate(summary.setting, summary.recall, seconds))
-            step()
-        start, end, _ = clamp_windows(
-            ks, ke, cu_seqlens_k, rows=q.shape[0], keys=k.shape[0], device=k.device
-        )
-        flat = partial(flat_index, q, k, weights, k_scale=k_scale, ks=start, ke=end, topk=topk)
-        flat_seconds = _measure(flat, q.device)
-        step()
-    return Recommendation(tuple(candidates), topk, float(target), statistic, flat_seconds)
+    start, end, _ = clamp_windows(
+        ks, ke, cu_seqlens_k, rows=q.shape[0], keys=k.shape[0], device=k.device
+    )
+    calls: list[Callable[[], object]] = [
+        partial(flat_index, q, k, weights, k_scale=k_scale, ks=start, ke=end, topk=topk),
+        *(partial(index, q, k, weights, **inputs, **s._asdict(), topk=topk) for s in settings),
+    ]
+    with progress_bar("hisa.recommend", (1 + CALLS) * len(calls), progress) as step:
+        flat_seconds, *seconds = _measure(calls, q.device, step)
+    candidates = tuple(
+        Candidate(summary.setting, summary.recall, taken)
+        for summary, taken in zip(compared.overall(), seconds, strict=True)
+    )
+    return Recommendation(candidates, topk, float(target), statistic, flat_seconds)
 
 
-def _measure(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of a warm call, in seconds."""
+def _measure(
+    calls: Sequence[Callable[[], object]], device: torch.device, step: Callable[[], object]
+) -> list[float]:
+    """Return the median time of each call, warm, in seconds.
+
+    In rounds, one call of each, so that a machine which grows slower or faster meanwhile does so
+    for all; every other round backwards, so that none always follows the same one.
+    """
     time_once = _time_on_cuda if device.type == "cuda" else _time_on_cpu
-    return median([time_once(call, device) for _ in range(1 + CALLS)][1:])
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(1 + CALLS):
+        order = range(len(calls))
+        for number in order if turn % 2 else reversed(order):
+            taken[number].append(time_once(calls[number], device))
+            step()
+    return [median(times[1:]) for times in taken]
 
 
 def _time_on_cuda(call: Callable[[], object], device: torch.device) -> float:

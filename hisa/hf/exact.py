@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import hisa
-from hisa.certificate import check_limits
+from hisa.proof import check_limits
 
 
 class LayerExact:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hisa.windows import causal_windows
 
 FP8 = torch.float8_e4m3fn
 Device = torch.device | str
+CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are
 
 
 class Inputs(TypedDict):
@@ -55,11 +56,11 @@ def random_inputs(
         causal: the rows are the last M of N tokens, and each sees what comes before it and itself;
             a row that would come before token 0 sees none. Otherwise each sees all keys.
     """
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(M, H, D, generator=generator).to(dtype)
-    k = torch.randn(N, D, generator=generator).to(dtype)
-    weights = torch.randn(M, H, generator=generator)
-    scale = torch.rand(N, generator=generator) + 0.5 if dtype == FP8 else None
+    generator = torch.Generator("cpu").manual_seed(seed)
+    q = torch.randn(M, H, D, generator=generator, **CPU).to(dtype)
+    k = torch.randn(N, D, generator=generator, **CPU).to(dtype)
+    weights = torch.randn(M, H, generator=generator, **CPU)
+    scale = torch.rand(N, generator=generator, **CPU) + 0.5 if dtype == FP8 else None
     return _inputs(q, k, weights, scale, device, causal)
 
 
@@ -80,7 +81,7 @@ def packed_inputs(
             a prefill, `(1, 300)` a decode step, `(0, 7)` has keys that no row sees.
     """
     queries, keys = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         for lengths in zip(*sequences, strict=True)
     )
     inputs = random_inputs(seed, M=int(queries[-1]), N=int(keys[-1]), H=H, D=D, dtype=dtype,
@@ -115,15 +116,15 @@ def exact_inputs(
     # The terms of a dot product are at most 4: below 2^13, which all tensor cores add up exactly.
     if D > 2**10 or H * D > 2**20:
         raise ValueError(f"H, D: expected D <= 1024 and H * D <= 2**20, got {H} and {D}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).float()
+    def integers(low: int, past: int, *shape: int) -> Tensor:
+        return torch.randint(low, past, shape, generator=generator, device="cpu")
 
-    k = integers(1 + N // 8, D)[torch.randint(1 + N // 8, (N,), generator=generator)]
-    scale = 2.0 ** torch.randint(-1, 2, (N,), generator=generator) if dtype == FP8 else None
-    q = integers(M, H, D).to(dtype)
-    return _inputs(q, k.to(dtype), integers(M, H), scale, device, causal)
+    k = integers(-2, 3, 1 + N // 8, D)[integers(0, 1 + N // 8, N)]
+    scale = torch.exp2(integers(-1, 2, N).float()) if dtype == FP8 else None
+    q, weights = integers(-2, 3, M, H, D).float(), integers(-2, 3, M, H).float()
+    return _inputs(q.to(dtype), k.float().to(dtype), weights, scale, device, causal)
 
 
 def needle_inputs(
@@ -157,18 +158,18 @@ def needle_inputs(
             f"token: expected one between the first and the last of N = {N} tokens' blocks of at "
             f"least 8, got {token} with block_size {block_size}"
         )
-    q, k = torch.zeros(M, H, D), torch.zeros(N, D)
+    q, k = torch.zeros(M, H, D, **CPU), torch.zeros(N, D, **CPU)
     q[:, :, 0] = 1
-    k[:, 0] = 1 + torch.arange(N) % 8 / 8
+    k[:, 0] = 1 + torch.arange(N, **CPU) % 8 / 8
     k[first : first + block_size, 0] = -8
     k[token, 0] = 20
-    return _inputs(q.to(dtype), k.to(dtype), torch.ones(M, H), None, device, causal=False)
+    return _inputs(q.to(dtype), k.to(dtype), torch.ones(M, H, **CPU), None, device, causal=False)
 
 
 def _inputs(
     q: Tensor, k: Tensor, weights: Tensor, scale: Tensor | None, device: Device, causal: bool
 ) -> Inputs:
-    edges_q, edges_k = (torch.tensor([0, len(t)], dtype=torch.int32) for t in (q, k))
+    edges_q, edges_k = (torch.tensor([0, len(t)], dtype=torch.int32, device="cpu") for t in (q, k))
     ks, ke = causal_windows(edges_q, edges_k)
     if not causal:
         ke = torch.full_like(ke, len(k))
