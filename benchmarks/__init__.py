@@ -8,4 +8,5 @@ inputs.py    inputs that several cases share, and the flat indexer in plain torc
 cases/       one small file per question
 
 tilelang_peer.py is the authors' own HISA as a peer; --tilelang PATH says where it is.
+deepgemm_peer.py is the fastest public flat indexer; --deepgemm PATH says where it is.
 """

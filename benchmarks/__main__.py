@@ -14,7 +14,7 @@ import torch
 
 import hisa
 
-from . import cases, report, summary, tilelang_peer
+from . import cases, deepgemm_peer, report, summary, tilelang_peer
 from .harness import Bench
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +56,13 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         "tilelang is installed",
     )
     parser.add_argument(
+        "--deepgemm",
+        type=Path,
+        metavar="PATH",
+        help="a clone of DeepGEMM with its submodules: cuda_prefill measures it too, on an H100 or "
+        "H200 with nvcc",
+    )
+    parser.add_argument(
         "--readme",
         action="store_true",
         help="run nothing: put the table made from the committed files, or those in --out, into "
@@ -69,6 +76,8 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         parser.error(
             f"--tilelang: expected a folder with {tilelang_peer.FILE}, got {options.tilelang}"
         )
+    if options.deepgemm and (file := deepgemm_peer.missing(options.deepgemm)):
+        parser.error(f"--deepgemm: expected a folder with {file}, got {options.deepgemm}")
     return options
 
 
@@ -80,13 +89,14 @@ def run_case(
     plot: bool,
     out: Path | None,
     tilelang: Path | None,
+    deepgemm: Path | None,
 ) -> None:
     """Run one case and write its files."""
     device = getattr(module, "DEVICE", "cpu")
     if device == "cuda" and not (hisa.build_info()["cuda"] and torch.cuda.is_available()):
         print(f"# {name}\n\nskipped: needs a GPU and a build with CUDA")
         return
-    bench = Bench(name, quick=quick, device=device, tilelang=tilelang)
+    bench = Bench(name, quick=quick, device=device, tilelang=tilelang, deepgemm=deepgemm)
     title = (module.__doc__ or name).splitlines()[0]
     where = ", ".join(f"{key} {value}" for key, value in bench.environment.items() if value != "")
     bench.say(f"# {name}\n\n{title}\n\n{where}")
@@ -121,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             plot=options.plot,
             out=out,
             tilelang=options.tilelang,
+            deepgemm=options.deepgemm,
         )
         print()
     print(f"{time.monotonic() - started:.0f} s in all", end="")

@@ -77,15 +77,23 @@ class Bench:
         quick: shapes should be small: the run only shows that everything works.
         device: which device the case runs on.
         tilelang: where TileLang's examples/dsa_hisa is, if that was given.
+        deepgemm: where a clone of DeepGEMM is, if that was given.
     """
 
     def __init__(
-        self, case: str, *, quick: bool, device: str = "cpu", tilelang: Path | None = None
+        self,
+        case: str,
+        *,
+        quick: bool,
+        device: str = "cpu",
+        tilelang: Path | None = None,
+        deepgemm: Path | None = None,
     ) -> None:
         self.case = case
         self.quick = quick
         self.device = device
         self.tilelang = tilelang
+        self.deepgemm = deepgemm
         self.environment = environment(device)
         self.records: list[report.Record] = []
         self.text: list[str] = []

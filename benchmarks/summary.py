@@ -14,6 +14,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
 CUDA_CASES = ("cuda_module", "cuda_prefill")
+OPS = ("index", "flat_index")
 HEADER = ("", "hisa", "compared with", "gain", "case")
 
 Record = dict[str, str]
@@ -83,9 +84,10 @@ def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for plain in (r for r in records if r["peer"] == "torch in chunks"):
         same = {key: plain[key] for key in ("rows", "keys", "heads")}
-        pairs = [("index", plain), ("flat_index", plain)]
-        pairs += [("index", r) for r in records if r["peer"] == "TileLang" and r["median_s"]
-                  and same.items() <= r.items()]  # fmt: skip
+        pairs = [(op, plain) for op in OPS]
+        for peer, ops in (("TileLang", ["index"]), ("DeepGEMM + torch.topk", OPS)):
+            pairs += [(op, r) for r in records for op in ops if r["peer"] == peer
+                      and r["median_s"] and same.items() <= r.items()]  # fmt: skip
         for op, other in pairs:
             ours = find(records, peer=f"hisa.{op}", **same)
             what = f"`{op}`, {ours['rows']} x {ours['keys']}, {ours['heads']} heads"
