@@ -52,21 +52,21 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         "--tilelang",
         type=Path,
         metavar="PATH",
-        help="examples/dsa_hisa of TileLang's repository: cuda_prefill measures it too, where "
-        "tilelang is installed",
+        help="examples/dsa_hisa of TileLang's repository: cuda_prefill and cuda_hopper measure it "
+        "too, where tilelang is installed",
     )
     parser.add_argument(
         "--deepgemm",
         type=Path,
         metavar="PATH",
-        help="a clone of DeepGEMM with its submodules: cuda_prefill measures it too, on an H100 or "
+        help="a clone of DeepGEMM with its submodules: these two measure it too, on an H100 or "
         "H200 with nvcc",
     )
     parser.add_argument(
         "--readme",
         action="store_true",
         help="run nothing: put the table made from the committed files, or those in --out, into "
-        "README.md",
+        "README.md, and draw its plot again",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.case if name not in known]
@@ -105,6 +105,8 @@ def run_case(
     if out is not None:
         report.write_csv(out / f"{name}.csv", bench.rows())
         (out / f"{name}.md").write_text("\n".join(bench.text) + "\n")
+        if hasattr(module, "draw"):
+            module.draw(out)
         if plot:
             report.write_plot(out / f"{name}.png", title, bench.records)
 
@@ -115,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments, known)
     out = options.out or (None if options.quick else RESULTS / "local")
     if options.readme:
-        text = summary.summary(options.out or RESULTS)
+        results = options.out or RESULTS
+        text = summary.summary(results)
         summary.update_readme(text)
+        for name, module in known.items():
+            if hasattr(module, "draw") and (results / f"{name}.csv").exists():
+                module.draw(results)
         print(text)
         return 0
     if options.plot and out is None:

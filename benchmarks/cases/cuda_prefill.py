@@ -100,7 +100,9 @@ def call(
     if peer == LOGITS:
         return deepgemm_peer.build_logits(deepgemm, **inputs)
     q = inputs["q"].bfloat16()
-    k = (inputs["k"].float() * inputs["k_scale"][:, None]).bfloat16()
+    k = inputs["k"]
+    if "k_scale" in inputs:
+        k = (k.float() * inputs["k_scale"][:, None]).bfloat16()
     return lambda: flat_in_chunks(q, k, inputs["weights"], inputs["ke"])
 
 
