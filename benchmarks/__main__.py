@@ -14,7 +14,7 @@ import torch
 
 import hisa
 
-from . import cases, report, summary, tilelang_peer
+from . import cases, deepgemm_peer, report, summary, tilelang_peer
 from .harness import Bench
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,14 +52,21 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         "--tilelang",
         type=Path,
         metavar="PATH",
-        help="examples/dsa_hisa of TileLang's repository: cuda_prefill measures it too, where "
-        "tilelang is installed",
+        help="examples/dsa_hisa of TileLang's repository: cuda_prefill and cuda_hopper measure it "
+        "too, where tilelang is installed",
+    )
+    parser.add_argument(
+        "--deepgemm",
+        type=Path,
+        metavar="PATH",
+        help="a clone of DeepGEMM with its submodules: these two measure it too, on an H100 or "
+        "H200 with nvcc",
     )
     parser.add_argument(
         "--readme",
         action="store_true",
         help="run nothing: put the table made from the committed files, or those in --out, into "
-        "README.md",
+        "README.md, and draw its plot again",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.case if name not in known]
@@ -69,6 +76,8 @@ def parse(arguments: list[str] | None, known: dict[str, ModuleType]) -> argparse
         parser.error(
             f"--tilelang: expected a folder with {tilelang_peer.FILE}, got {options.tilelang}"
         )
+    if options.deepgemm and (file := deepgemm_peer.missing(options.deepgemm)):
+        parser.error(f"--deepgemm: expected a folder with {file}, got {options.deepgemm}")
     return options
 
 
@@ -80,13 +89,14 @@ def run_case(
     plot: bool,
     out: Path | None,
     tilelang: Path | None,
+    deepgemm: Path | None,
 ) -> None:
     """Run one case and write its files."""
     device = getattr(module, "DEVICE", "cpu")
     if device == "cuda" and not (hisa.build_info()["cuda"] and torch.cuda.is_available()):
         print(f"# {name}\n\nskipped: needs a GPU and a build with CUDA")
         return
-    bench = Bench(name, quick=quick, device=device, tilelang=tilelang)
+    bench = Bench(name, quick=quick, device=device, tilelang=tilelang, deepgemm=deepgemm)
     title = (module.__doc__ or name).splitlines()[0]
     where = ", ".join(f"{key} {value}" for key, value in bench.environment.items() if value != "")
     bench.say(f"# {name}\n\n{title}\n\n{where}")
@@ -95,6 +105,8 @@ def run_case(
     if out is not None:
         report.write_csv(out / f"{name}.csv", bench.rows())
         (out / f"{name}.md").write_text("\n".join(bench.text) + "\n")
+        if hasattr(module, "draw"):
+            module.draw(out)
         if plot:
             report.write_plot(out / f"{name}.png", title, bench.records)
 
@@ -105,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments, known)
     out = options.out or (None if options.quick else RESULTS / "local")
     if options.readme:
-        text = summary.summary(options.out or RESULTS)
+        results = options.out or RESULTS
+        text = summary.summary(results)
         summary.update_readme(text)
+        for name, module in known.items():
+            if hasattr(module, "draw") and (results / f"{name}.csv").exists():
+                module.draw(results)
         print(text)
         return 0
     if options.plot and out is None:
@@ -121,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             plot=options.plot,
             out=out,
             tilelang=options.tilelang,
+            deepgemm=options.deepgemm,
         )
         print()
     print(f"{time.monotonic() - started:.0f} s in all", end="")

@@ -77,15 +77,23 @@ class Bench:
         quick: shapes should be small: the run only shows that everything works.
         device: which device the case runs on.
         tilelang: where TileLang's examples/dsa_hisa is, if that was given.
+        deepgemm: where a clone of DeepGEMM is, if that was given.
     """
 
     def __init__(
-        self, case: str, *, quick: bool, device: str = "cpu", tilelang: Path | None = None
+        self,
+        case: str,
+        *,
+        quick: bool,
+        device: str = "cpu",
+        tilelang: Path | None = None,
+        deepgemm: Path | None = None,
     ) -> None:
         self.case = case
         self.quick = quick
         self.device = device
         self.tilelang = tilelang
+        self.deepgemm = deepgemm
         self.environment = environment(device)
         self.records: list[report.Record] = []
         self.text: list[str] = []
@@ -124,6 +132,7 @@ class Bench:
         min_runs: int = 3,
         max_runs: int = 25,
         seconds: float = 5.0,
+        runs: Mapping[str, int] | None = None,
     ) -> dict[str, Measurement]:
         """Measure the peers at one shape, print a table and return what was found.
 
@@ -136,8 +145,10 @@ class Bench:
             warm_up: call each once before timing; not needed where `agree` has just done so.
             ratio: print each peer's time over that of the first.
             min_runs, max_runs, seconds: how often each peer is called, and for how long.
+            runs: for some peers, what takes the place of min_runs, but in a quick run.
         """
         meter = meters.METERS[self.device]
+        least = runs or {}
         calls = {peer: build(peer, **shape) for peer in peers}
         times: dict[str, list[float]] = {peer: [] for peer in peers}
         with progress(f"{self.case} {_shape_text(shape)}") as step:
@@ -146,7 +157,7 @@ class Bench:
                 step()
             for number in range(min_runs if self.quick else max_runs):
                 for peer, call in calls.items():
-                    if number < min_runs or sum(times[peer]) < seconds:
+                    if number < least.get(peer, min_runs) or sum(times[peer]) < seconds:
                         times[peer].append(meter.seconds(call))
                         step()
             calls.clear()  # the memory of the inputs is needed below

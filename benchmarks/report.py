@@ -64,8 +64,8 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
         writer.writerows(records)
 
 
-def write_plot(path: Path, title: str, records: Sequence[Record]) -> None:
-    """Plot the median times: lines over the number of keys, or bars if that does not vary."""
+def load_pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing into files; None, with a message, if it is missing."""
     try:
         import matplotlib as mpl
 
@@ -73,6 +73,14 @@ def write_plot(path: Path, title: str, records: Sequence[Record]) -> None:
         from matplotlib import pyplot as plt
     except ImportError:
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return None
+    return plt
+
+
+def write_plot(path: Path, title: str, records: Sequence[Record]) -> None:
+    """Plot the median times: lines over the number of keys, or bars if that does not vary."""
+    plt = load_pyplot()
+    if plt is None:
         return
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from . import report
+from .cases import cuda_hopper
 from .cases.indexer_module import bytes_needed
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
-CUDA_CASES = ("cuda_module", "cuda_prefill")
+CUDA_CASES = ("cuda_module", "cuda_prefill", "cuda_hopper")
+PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
+OPS = ("index", "flat_index")
 HEADER = ("", "hisa", "compared with", "gain", "case")
 
 Record = dict[str, str]
@@ -26,12 +30,16 @@ def summary(results: Path) -> str:
 
 def cuda_summary(results: Path) -> str:
     """Return the table of what was measured on a GPU."""
-    rows = [HEADER, *cuda_module_rows(results), *cuda_prefill_rows(results)]
+    hopper = cuda_hopper_rows(results)
+    rows = [HEADER, *cuda_module_rows(results), *cuda_prefill_rows(results), *hopper]
     note = (
         "On a GPU. fp8, D 128, causal, `topk` 2048, `block_topk` 64, `block_size` 128, random\n"
         "inputs; the module in bfloat16, hidden 7168. Medians; memory beyond the inputs."
     )
-    return f"{report.table(rows)}\n\n{note}\n{origin(results, CUDA_CASES)}"
+    if hopper:
+        note += "\nText: queries drift, so that neighbours share three of four kept blocks or more."
+    found = f"{report.table(rows)}\n\n{note}\n{origin(results, CUDA_CASES)}"
+    return f"{found}\n\n{PLOT}" if hopper else found
 
 
 def cpu_summary(results: Path) -> str:
@@ -49,7 +57,8 @@ def cpu_summary(results: Path) -> str:
 
 def origin(results: Path, cases: tuple[str, ...]) -> str:
     """Return where and with what some cases were measured."""
-    records = [record for case in cases for record in read(results, case)]
+    present = [case for case in cases if (results / f"{case}.csv").exists()]
+    records = [record for case in present for record in read(results, case)]
     first = records[0]
     commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
     where = first["gpu"] or f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}"
@@ -63,7 +72,7 @@ def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
     """Return the rows about the patched module on a GPU."""
     records = read(results, "cuda_module")
     rows: list[tuple[str, ...]] = []
-    for ours in (r for r in records if r["peer"] == "patched"):
+    for ours in (r for r in records if r["peer"] in ("patched", "patched, fp8")):
         own = [r for r in records if r["peer"] == "Hugging Face" and r["keys"] == ours["keys"]
                and r["median_s"]]  # fmt: skip
         needed = report.bytes_text(bytes_needed(int(ours["keys"])))
@@ -72,7 +81,8 @@ def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
             less = int(own[0]["peak_extra_bytes"]) / int(ours["peak_extra_bytes"])
             compared = f"Hugging Face: {time(own[0])}, {memory(own[0])}"
             gain = f"{ratio(own[0], ours):.1f}x time, {less:.0f}x memory"
-        what = f"V3.2 indexer module, {ours['keys']} tokens"
+        kind = ours["peer"].removeprefix("patched")
+        what = f"V3.2 indexer module, {ours['keys']} tokens{kind}"
         rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_module"))
     return rows
 
@@ -83,9 +93,10 @@ def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for plain in (r for r in records if r["peer"] == "torch in chunks"):
         same = {key: plain[key] for key in ("rows", "keys", "heads")}
-        pairs = [("index", plain), ("flat_index", plain)]
-        pairs += [("index", r) for r in records if r["peer"] == "TileLang" and r["median_s"]
-                  and same.items() <= r.items()]  # fmt: skip
+        pairs = [(op, plain) for op in OPS]
+        for peer, ops in (("TileLang", ["index"]), ("DeepGEMM + torch.topk", OPS)):
+            pairs += [(op, r) for r in records for op in ops if r["peer"] == peer
+                      and r["median_s"] and same.items() <= r.items()]  # fmt: skip
         for op, other in pairs:
             ours = find(records, peer=f"hisa.{op}", **same)
             what = f"`{op}`, {ours['rows']} x {ours['keys']}, {ours['heads']} heads"
@@ -100,6 +111,28 @@ def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
         what = f"`index`, last 4096 of {length}, 64 heads"
         gain = f"{ratio(flat, ours):.1f}x time"
         rows.append((what, time(ours), f"`flat_index`: {time(flat)}", gain, "cuda_prefill"))
+    return rows
+
+
+def cuda_hopper_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about what has a goal on Hopper; none before the case has run."""
+    if not (results / "cuda_hopper.csv").exists():
+        return []
+    records = [r for r in read(results, "cuda_hopper") if r["median_s"]]
+    rows: list[tuple[str, ...]] = []
+    for goal in cuda_hopper.TABLE:
+        same = {key: str(value) for key, value in asdict(goal.shape).items()}
+        alike = [r for r in records if same.items() <= r.items()]
+        ours = find(alike, peer=goal.peer)
+        known = ["TileLang"] * (goal.peer == "hisa.index") + ["DeepGEMM + torch.topk"]
+        if goal.shape.dtype != "fp8":
+            known = ["torch in chunks"]
+        others = [r for r in alike if r["peer"] in known]
+        compared = "; ".join(f"{r['peer']}: {time(r)}" for r in others)
+        gain = ", ".join(f"{ratio(r, ours):.1f}x" for r in others)
+        what = f"`{goal.peer.removeprefix('hisa.')}`, {goal.shape}"
+        own = f"{time(ours)}, {memory(ours)}"
+        rows.append((what, own, compared, f"{gain} time" if gain else "", "cuda_hopper"))
     return rows
 
 

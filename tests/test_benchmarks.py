@@ -1,8 +1,10 @@
-"""What surrounds the peer that stays outside of the tree: TileLang's example, here a stand-in."""
+"""What surrounds the peers that stay outside of the tree: here they are stand-ins."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 
 import hisa
-from benchmarks import report, summary, tilelang_peer
+from benchmarks import deepgemm_peer, report, summary, tilelang_peer
 from benchmarks.__main__ import find_cases, parse
 from benchmarks.cases import cuda_prefill
 from benchmarks.harness import Bench
+from benchmarks.inputs import causal, overlap, torch_flat
 
 EXAMPLE = """
 import neighbour
@@ -71,6 +74,83 @@ def test_the_option_takes_the_example(example: Path, capsys: pytest.CaptureFixtu
     assert "--tilelang: expected a folder with hisa.py, got" in capsys.readouterr().err
 
 
+def clone(folder: Path) -> Path:
+    """Return a folder that has the files which DeepGEMM is known by."""
+    for file in (deepgemm_peer.KERNEL, deepgemm_peer.CUTLASS):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text("")
+    return folder
+
+
+def test_the_option_takes_a_clone_of_deepgemm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One without its submodules is refused."""
+    known = find_cases()
+    assert parse(["cuda_prefill", "--deepgemm", str(clone(tmp_path))], known).deepgemm == tmp_path
+    assert parse(["cuda_prefill"], known).deepgemm is None
+    (tmp_path / deepgemm_peer.CUTLASS).unlink()
+    with pytest.raises(SystemExit):
+        parse(["--deepgemm", str(tmp_path)], known)
+    assert f"expected a folder with {deepgemm_peer.CUTLASS}, got" in capsys.readouterr().err
+
+
+def test_deepgemm_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path, the compiler or the GPU is missing."""
+    assert deepgemm_peer.obstacle(None) == "needs --deepgemm PATH"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: "nvcc")
+    assert deepgemm_peer.obstacle(tmp_path) == "needs a GPU of compute capability 9.0"
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    assert deepgemm_peer.obstacle(tmp_path) == "nvcc is not found"
+
+
+def launch(*arguments: int) -> None:
+    """Do what DeepGEMM's kernels do, on a CPU."""
+    *pointers, rows, keys, heads, stride = arguments
+    sizes = (rows * heads * 128, keys * 128, keys, rows * heads, rows, rows, rows * stride)
+    fp8, fp32, int32 = torch.float8_e4m3fn, torch.float32, torch.int32
+    dtypes = (fp8, fp8, fp32, fp32, int32, int32, fp32)
+    q, k, k_scale, weights, ks, ke, out = (
+        torch.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(at), dtype=dtype)
+        for at, n, dtype in zip(pointers, sizes, dtypes, strict=True)
+    )
+    dots = torch.einsum("mhd,nd->mhn", q.view(rows, heads, 128).float(), k.view(keys, 128).float())
+    tokens = torch.arange(keys)
+    outside = (tokens < ks[:, None]) | (tokens >= ke[:, None])
+    scores = (dots.relu() * weights.view(rows, heads, 1)).sum(1) * k_scale
+    out.view(rows, stride).fill_(-torch.inf)[:, :keys] = scores.masked_fill(outside, -torch.inf)
+
+
+def test_deepgemm_gets_chunks_and_their_best_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it selects is flat, for several chunks of rows, the last of them not full."""
+    monkeypatch.setattr(deepgemm_peer, "launcher", lambda folder, device: launch)
+    monkeypatch.setattr(deepgemm_peer, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(deepgemm_peer, "SCORE_BYTES", 16 * 512 * 4)
+    plain = causal(90, 300, 32, 128, "float8_e4m3fn")
+    wanted = torch_flat(plain, 256, 90)
+    q, k, weights, _, ke = plain
+    inputs = {"q": q, "k": k, "weights": weights, "k_scale": torch.ones(300), "ke": ke}
+    assert [at.stop for at, _ in deepgemm_peer.split(ke)] == [16, 32, 48, 64, 80, 90]
+    found = deepgemm_peer.build(tmp_path, **inputs, topk=256)()
+    assert ((found >= 0).sum(1) == (wanted >= 0).sum(1)).all() and overlap(wanted, found) == 1
+    deepgemm_peer.build_logits(tmp_path, **inputs)()
+
+
+@pytest.mark.parametrize("name", ["q", "k_scale", "ke"])
+def test_deepgemm_refuses_what_its_kernel_does_not_take(tmp_path: Path, name: str) -> None:
+    """Pointers leave no room for other dtypes."""
+    q, k, weights, _, ke = causal(4, 8, 64, 128, "float32")
+    inputs = {"q": q.to(torch.float8_e4m3fn), "k": k.to(torch.float8_e4m3fn), "weights": weights}
+    inputs |= {"k_scale": torch.ones(8), "ke": ke}
+    with pytest.raises(ValueError, match="expected contiguous fp8 q and k"):
+        deepgemm_peer.build(tmp_path, **{**inputs, name: inputs[name].double()}, topk=4)
+    with pytest.raises(ValueError, match=r"q: expected \[M, 32 or 64, 128\], got \[4, 64, 64\]"):
+        deepgemm_peer.build(tmp_path, **{**inputs, "q": inputs["q"][..., :64]}, topk=4)
+
+
 def test_selections_are_compared_before_they_are_timed() -> None:
     """The share of common tokens is noted; few of them, or another shape, stop the run."""
     ours = torch.arange(40).expand(252, 40).int()
@@ -81,6 +161,9 @@ def test_selections_are_compared_before_they_are_timed() -> None:
         cuda_prefill.check_tilelang(bench, 64, {"hisa.index": ours, "TileLang": ours + 4})
     with pytest.raises(RuntimeError, match=r"TileLang returns \[252, 39\]"):
         cuda_prefill.check_tilelang(bench, 64, {"hisa.index": ours, "TileLang": ours[:, 1:]})
+    results = {"hisa.flat_index": ours, "DeepGEMM + torch.topk": ours + 1}
+    with pytest.raises(RuntimeError, match=r"DeepGEMM \+ torch.topk has only 97\.50%"):
+        cuda_prefill.check_deepgemm(bench, 64, results)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "skipped"])
@@ -91,9 +174,12 @@ def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool)
         {"peer": peer, "median_s": median, **shape}
         for peer, median in [("hisa.index", 1), ("hisa.flat_index", 2), ("torch in chunks", 3)]
     ]
-    records.append({"peer": "TileLang", "median_s": 1.5 if measured else None, **shape})
+    for peer in ("TileLang", "DeepGEMM + torch.topk"):
+        records.append({"peer": peer, "median_s": 1.5 if measured else None, **shape})
     report.write_csv(tmp_path / "cuda_prefill.csv", records)
     rows = summary.cuda_prefill_rows(tmp_path)
     theirs = [row[2:4] for row in rows if "TileLang" in row[2]]
     assert theirs == [("TileLang: 1.50 s, 1.00 GiB", "1.5x time")] * measured
-    assert len(rows) == 2 + measured
+    gains = [row[3] for row in rows if "DeepGEMM" in row[2]]
+    assert gains == ["1.5x time", "0.8x time"] * measured
+    assert len(rows) == 2 + 3 * measured

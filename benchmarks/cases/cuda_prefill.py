@@ -1,10 +1,11 @@
-"""Causal prefill on a GPU: hisa.index and hisa.flat_index against torch and TileLang.
+"""Causal prefill on a GPU: hisa.index and hisa.flat_index against torch, TileLang and DeepGEMM.
 
 fp8 queries and keys, D = 128, and DeepSeek-V3.2's setting: blocks of 128, 64 of them kept, 2048
 tokens selected. Queries are the last of the keys. Inputs are independent random numbers, the worst
 case for caches: neighbouring rows share few blocks. The chunked peer gets bf16, which it needs
 for its matrix product, dequantised outside of the measured time. TileLang is the authors' own HISA
-(benchmarks/tilelang_peer.py), which pools the keys in the measured time, as hisa.index does.
+(benchmarks/tilelang_peer.py), which pools the keys in the measured time, as hisa.index does;
+DeepGEMM (benchmarks/deepgemm_peer.py) the flat indexer, its scores alone and with torch.topk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from benchmarks import tilelang_peer
+from benchmarks import deepgemm_peer, tilelang_peer
 from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import overlap
 from benchmarks.machine import installed_version
@@ -28,8 +29,10 @@ from benchmarks.machine import installed_version
 DEVICE = "cuda"
 INDEX, FLAT, TORCH = "hisa.index", "hisa.flat_index", "torch in chunks"
 TILELANG = "TileLang"
+DEEPGEMM, LOGITS = "DeepGEMM + torch.topk", "DeepGEMM logits"
 TOPK, DIM = 2048, 128
 TILELANG_SHARE = 0.95  # of our tokens, at least; an emulation on the CPU has 0.97 in its worst row
+DEEPGEMM_SHARE = 0.98  # of hisa.flat_index's tokens; tensor cores add with fewer than 24 bits
 CHUNK_BYTES = 1 << 30  # of dot products that the chunked peer makes at a time
 
 
@@ -66,18 +69,40 @@ def make_inputs(rows: int, keys: int, heads: int) -> dict[str, Any]:
 
 
 def build(
-    peer: str, *, rows: int, keys: int, heads: int, tilelang: Path | None = None
-) -> Callable[[], Tensor]:
+    peer: str,
+    *,
+    rows: int,
+    keys: int,
+    heads: int,
+    tilelang: Path | None = None,
+    deepgemm: Path | None = None,
+) -> Callable[[], Tensor | None]:
     """Return one peer's call."""
-    inputs = make_inputs(rows, keys, heads)
+    return call(peer, make_inputs(rows, keys, heads), tilelang=tilelang, deepgemm=deepgemm)
+
+
+def call(
+    peer: str,
+    inputs: dict[str, Any],
+    *,
+    tilelang: Path | None = None,
+    deepgemm: Path | None = None,
+) -> Callable[[], Tensor | None]:
+    """Return one peer's call on the inputs."""
     if peer == INDEX:
         return lambda: cast(Tensor, hisa.index(**inputs, topk=TOPK))
     if peer == FLAT:
         return lambda: cast(Tensor, hisa.flat_index(**inputs, topk=TOPK))
     if peer == TILELANG:
         return tilelang_peer.build(tilelang, **inputs, topk=TOPK)
+    if peer == DEEPGEMM:
+        return deepgemm_peer.build(deepgemm, **inputs, topk=TOPK)
+    if peer == LOGITS:
+        return deepgemm_peer.build_logits(deepgemm, **inputs)
     q = inputs["q"].bfloat16()
-    k = (inputs["k"].float() * inputs["k_scale"][:, None]).bfloat16()
+    k = inputs["k"]
+    if "k_scale" in inputs:
+        k = (k.float() * inputs["k_scale"][:, None]).bfloat16()
     return lambda: flat_in_chunks(q, k, inputs["weights"], inputs["ke"])
 
 
@@ -114,14 +139,32 @@ def check(results: Mapping[str, object]) -> None:
 
 def check_tilelang(bench: Bench, heads: int, results: Mapping[str, object]) -> None:
     """Note what share of the tokens of hisa.index TileLang selects; raise if it is too small."""
-    ours, theirs = (cast(Tensor, results[peer]) for peer in (INDEX, TILELANG))
-    if ours.shape != theirs.shape:
-        raise RuntimeError(f"{TILELANG} returns {[*theirs.shape]}, {INDEX} {[*ours.shape]}")
-    share = overlap(ours[::251].cpu(), theirs[::251].cpu())
-    if share < TILELANG_SHARE:
-        raise RuntimeError(f"{TILELANG} has only {share:.2%} of the tokens of {INDEX}")
     name = f"{TILELANG} {installed_version('tilelang')}"
-    bench.say(f"\n{name} selects {share:.1%} of the tokens of {INDEX} (H={heads}, every 251st row)")
+    check_share(bench, INDEX, TILELANG, name, TILELANG_SHARE, heads, results)
+
+
+def check_deepgemm(bench: Bench, heads: int, results: Mapping[str, object]) -> None:
+    """Note what share of the tokens of hisa.flat_index DeepGEMM has; raise if it is too small."""
+    check_share(bench, FLAT, DEEPGEMM, DEEPGEMM, DEEPGEMM_SHARE, heads, results)
+
+
+def check_share(
+    bench: Bench,
+    own: str,
+    other: str,
+    name: str,
+    at_least: float,
+    heads: int,
+    results: Mapping[str, object],
+) -> None:
+    """Note what share of our tokens another peer selects; raise if it is too small."""
+    ours, theirs = (cast(Tensor, results[peer]) for peer in (own, other))
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"{other} returns {[*theirs.shape]}, {own} {[*ours.shape]}")
+    share = overlap(ours[::251].cpu(), theirs[::251].cpu())
+    if share < at_least:
+        raise RuntimeError(f"{other} has only {share:.2%} of the tokens of {own}")
+    bench.say(f"\n{name} selects {share:.1%} of the tokens of {own} (H={heads}, every 251st row)")
 
 
 def run(bench: Bench) -> None:
@@ -147,16 +190,22 @@ def run(bench: Bench) -> None:
 
 
 def prefill(bench: Bench, rows: int, keys: int, heads: int) -> dict[str, Measurement]:
-    """Measure every peer that can run, TileLang after a look at what it selects at 16K."""
+    """Measure every peer that can run, those from elsewhere after a look at what they select."""
     peers: tuple[str, ...] = (INDEX, FLAT, TORCH)
     shape = {"rows": rows, "keys": keys, "heads": heads}
-    if reason := tilelang_peer.obstacle(bench.tilelang):
-        bench.skip(TILELANG, shape, reason)
-    else:
-        peers = (*peers, TILELANG)
-    if TILELANG in peers and keys == 16384:
-        build_all = partial(build, tilelang=bench.tilelang)
-        bench.agree(build_all, (INDEX, TILELANG), shape, partial(check_tilelang, bench, heads))
+    build_all = partial(build, tilelang=bench.tilelang, deepgemm=bench.deepgemm)
+    for peer, reason, own, check_both in (
+        (TILELANG, tilelang_peer.obstacle(bench.tilelang), INDEX, check_tilelang),
+        (DEEPGEMM, deepgemm_peer.obstacle(bench.deepgemm), FLAT, check_deepgemm),
+    ):
+        if reason:
+            bench.skip(peer, shape, reason)
+            continue
+        peers = (*peers, peer)
+        if keys == 16384:
+            bench.agree(build_all, (own, peer), shape, partial(check_both, bench, heads))
+    if DEEPGEMM in peers:
+        peers = (*peers, LOGITS)
     return measure(bench, peers, rows, keys, heads)
 
 
@@ -166,13 +215,12 @@ def measure(
     """Measure one shape."""
     shape = {"M": rows, "N": keys, "H": heads, "D": DIM, "topk": TOPK, "causal": True}
     options: dict[str, Any] = {"dtype": torch.float8_e4m3fn, "device": "cuda"}
-    operations = {}
-    for peer, op in ((INDEX, "index"), (FLAT, "flat_index"), (TORCH, "flat_index")):
+    operations: dict[str, int] = {}
+    for op, same in (("index", (INDEX, TILELANG)), ("flat_index", (FLAT, TORCH, DEEPGEMM, LOGITS))):
         stages = hisa.plan(**shape, op=op, **options).operations  # type: ignore[arg-type]
-        operations[peer] = sum(n for stage, n in stages.items() if stage != "pool")
-    operations[TILELANG] = operations[INDEX]
+        operations |= dict.fromkeys(same, sum(n for s, n in stages.items() if s != "pool"))
     return bench.measure(
-        partial(build, tilelang=bench.tilelang),
+        partial(build, tilelang=bench.tilelang, deepgemm=bench.deepgemm),
         peers,
         {"rows": rows, "keys": keys, "heads": heads},
         operations=operations,

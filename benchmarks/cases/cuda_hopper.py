@@ -1,0 +1,229 @@
+"""hisa.index and hisa.flat_index on Hopper: long prefills and chunks against goals and every peer.
+
+The whole operation, queries and keys in, indices out: causal, D = 128, and DeepSeek-V3.2's setting,
+blocks of 128, 64 of them kept, 2048 tokens selected. `queries random` are independent of each
+other, the worst case for caches; `queries text` drift from row to row, so that neighbours share
+most of their blocks (benchmarks/drift.py; the share is measured and printed). fp8 but where a shape
+says bf16. Peers are those of cuda_prefill; TileLang and DeepGEMM take fp8 alone.
+
+A limit is what an H200 needs for the multiply-adds at the rate of its largest matrix products, 1470
+TFLOP/s in fp8 and 800 in bf16, or for `random`, where no neighbour shares a load, what L2 gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hisa
+from benchmarks import deepgemm_peer, drift, report, speedups, tilelang_peer
+from benchmarks.cases import cuda_prefill
+from benchmarks.cases.cuda_prefill import DEEPGEMM, FLAT, INDEX, LOGITS, TILELANG, TOPK, TORCH
+from benchmarks.harness import Bench, Measurement
+
+DEVICE = "cuda"
+OURS = (INDEX, FLAT)
+FOREIGN = (TILELANG, DEEPGEMM, LOGITS)
+EVERY = (*OURS, TORCH, *FOREIGN)
+RUNS = 20  # at least, of a peer with a goal
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One prefill, or the last rows of one; the fields are columns of the CSV file."""
+
+    rows: int
+    keys: int
+    heads: int
+    queries: str
+    dtype: str = "fp8"
+
+    def __str__(self) -> str:
+        """Write it as the goals do."""
+        rows, keys = (length_text(value) for value in (self.rows, self.keys))
+        what = f"{keys} x {keys}" if rows == keys else f"last {rows} of {keys}"
+        kind = "" if self.dtype == "fp8" else f", {self.dtype}"
+        return f"{what}, H={self.heads}, {self.queries}{kind}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A goal and a limit in milliseconds, and what one peer reached."""
+
+    shape: Shape
+    peer: str
+    goal: float
+    limit: float
+
+
+# The sweep over the context, of which the plot is made; then what has goals besides.
+CONTEXTS = tuple(Shape(1 << i, 1 << i, 64, "text") for i in range(12, 18))
+SHORT, LONG, LONGEST = CONTEXTS[2], CONTEXTS[4], CONTEXTS[5]
+RANDOM = Shape(65536, 65536, 64, "random")
+SHAPES: dict[Shape, tuple[str, ...]] = {
+    **dict.fromkeys(CONTEXTS, EVERY),
+    RANDOM: EVERY,
+    Shape(65536, 65536, 32, "text"): (*OURS, *FOREIGN),
+    Shape(8192, 131072, 64, "text"): (*OURS, *FOREIGN),
+    Shape(8192, 1 << 20, 64, "text"): (*OURS, *FOREIGN),
+    Shape(1024, 65536, 64, "text"): (*OURS, *FOREIGN),
+    Shape(65536, 65536, 64, "text", "bf16"): (*OURS, TORCH),
+}
+TABLE = (
+    Row(LONG, INDEX, 8.0, 5.8),
+    Row(RANDOM, INDEX, 10.5, 8.0),
+    Row(Shape(65536, 65536, 32, "text"), INDEX, 5.0, 2.9),
+    Row(LONGEST, INDEX, 17.0, 12.5),
+    Row(Shape(8192, 131072, 64, "text"), INDEX, 1.2, 0.84),
+    Row(Shape(8192, 1 << 20, 64, "text"), INDEX, 2.5, 1.5),
+    Row(Shape(1024, 65536, 64, "text"), INDEX, 0.17, 0.10),
+    Row(LONG, FLAT, 36.0, 24.0),
+    Row(SHORT, FLAT, 2.4, 1.5),
+    Row(Shape(65536, 65536, 64, "text", "bf16"), INDEX, 15.0, 10.7),
+)
+QUICK = Shape(1024, 16384, 64, "text")
+
+Found = dict[Shape, dict[str, Measurement]]
+
+
+@lru_cache(maxsize=1)
+def make_inputs(rows: int, keys: int, heads: int, queries: str, dtype: str) -> dict[str, Any]:
+    """Return the inputs, the same tensors for all peers."""
+    return drift.make_inputs(rows, keys, heads, queries, dtype)
+
+
+def build(
+    peer: str,
+    *,
+    tilelang: Path | None = None,
+    deepgemm: Path | None = None,
+    **shape: Any,
+) -> Callable[[], Tensor | None]:
+    """Return one peer's call."""
+    return cuda_prefill.call(peer, make_inputs(**shape), tilelang=tilelang, deepgemm=deepgemm)
+
+
+def run(bench: Bench) -> None:
+    """Measure the sweep and the shapes with goals; then say what was reached of each limit."""
+    build_all = partial(build, tilelang=bench.tilelang, deepgemm=bench.deepgemm)
+    found: Found = {}
+    for shape, peers in ({QUICK: EVERY} if bench.quick else SHAPES).items():
+        share = drift.shared_blocks(make_inputs(**asdict(shape)))
+        bench.say(f"\n{shape}: a row and the next share {share:.1%} of their blocks")
+        ready = (*(peer for peer in peers if peer not in FOREIGN), *foreign(bench, shape, peers))
+        if shape == SHORT or bench.quick:
+            compare(bench, build_all, shape, ready)
+        found[shape] = bench.measure(
+            build_all,
+            ready,
+            asdict(shape),
+            operations=operations(shape),
+            memory=ready,
+            max_runs=RUNS,
+            seconds=0.5,
+            runs={row.peer: RUNS for row in TABLE if row.shape == shape},
+        )
+    make_inputs.cache_clear()
+    rows = [row for row in TABLE if row.shape in found]
+    if rows:
+        bench.say(
+            "\nMedians, what they are of the limit, and how often the peers' time they are.\n"
+        )
+        bench.say(report.table(list(reached(rows, found))))
+    for row in rows:
+        ms = found[row.shape][row.peer].median * 1e3
+        bench.goal(f"ms of {row.peer}, {row.shape}", ms, at_most=row.goal, digits=3)
+
+
+def foreign(bench: Bench, shape: Shape, peers: tuple[str, ...]) -> list[str]:
+    """Return which peers from elsewhere can run, after one call each; skip the others."""
+    obstacles = {TILELANG: tilelang_peer.obstacle(bench.tilelang)}
+    obstacles |= dict.fromkeys((DEEPGEMM, LOGITS), deepgemm_peer.obstacle(bench.deepgemm))
+    ready = []
+    for peer in (peer for peer in peers if peer in FOREIGN):
+        reason = obstacles[peer]
+        try:
+            if not reason:
+                build(peer, tilelang=bench.tilelang, deepgemm=bench.deepgemm, **asdict(shape))()
+                torch.cuda.synchronize()
+        except Exception as error:  # what TileLang's compiler raises is not known beforehand
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        if reason:
+            bench.skip(peer, asdict(shape), reason)
+        else:
+            ready.append(peer)
+    return ready
+
+
+def compare(
+    bench: Bench,
+    build_all: Callable[..., Callable[[], Tensor | None]],
+    shape: Shape,
+    peers: tuple[str, ...],
+) -> None:
+    """Note what share of our tokens the peers from elsewhere select; raise if it is too small."""
+    for own, other, check in (
+        (INDEX, TILELANG, cuda_prefill.check_tilelang),
+        (FLAT, DEEPGEMM, cuda_prefill.check_deepgemm),
+    ):
+        if other in peers:
+            bench.agree(build_all, (own, other), asdict(shape), partial(check, bench, shape.heads))
+
+
+def operations(shape: Shape) -> dict[str, int]:
+    """Return the multiply-adds of every peer's call."""
+    dtype = torch.float8_e4m3fn if shape.dtype == "fp8" else torch.bfloat16
+    size = (shape.rows, shape.keys, shape.heads, drift.DIM)
+    found: dict[str, int] = {}
+    for op, peers in (
+        ("index", (INDEX, TILELANG)),
+        ("flat_index", (FLAT, TORCH, DEEPGEMM, LOGITS)),
+    ):
+        plan = hisa.plan(*size, dtype=dtype, device=DEVICE, op=op, topk=TOPK, causal=True)
+        found |= dict.fromkeys(peers, sum(n for s, n in plan.operations.items() if s != "pool"))
+    return found
+
+
+def reached(rows: list[Row], found: Found) -> Iterator[list[str]]:
+    """Yield the lines of the table of goals, the header first."""
+    others = (TILELANG, DEEPGEMM, FLAT)
+    header = ["", "peer", "goal", "limit", "median", "TFLOP/s", "of the limit"]
+    yield [*header, *(f"{other} / it" for other in others)]
+    for row in rows:
+        peers = found[row.shape]
+        ours = peers[row.peer]
+        yield [
+            str(row.shape),
+            row.peer,
+            *(f"{value:g} ms" for value in (row.goal, row.limit)),
+            report.time_text(ours.median),
+            f"{ours.flops / 1e12:.0f}",
+            f"{row.limit / (ours.median * 1e3):.0%}",
+            *(ratio(peers, other, row.peer) for other in others),
+        ]
+
+
+def ratio(peers: Mapping[str, Measurement], other: str, own: str) -> str:
+    """Write another peer's time over ours, if it was measured and is another."""
+    return (
+        f"{peers[other].median / peers[own].median:.1f}" if other in peers and other != own else ""
+    )
+
+
+def length_text(tokens: int) -> str:
+    """Write a length: 100, 8K, 1M."""
+    for unit, shift in (("M", 20), ("K", 10)):
+        if tokens and tokens % (1 << shift) == 0:
+            return f"{tokens >> shift}{unit}"
+    return str(tokens)
+
+
+def draw(results: Path) -> None:
+    """Draw the sweep, from the CSV file in that folder."""
+    speedups.draw(results / "cuda_hopper.csv", results / "cuda_hopper.svg")

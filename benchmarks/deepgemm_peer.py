@@ -1,0 +1,188 @@
+"""DeepGEMM's flat indexer as a peer: the fastest public kernel for Hopper, then torch.topk.
+
+DeepGEMM is not part of this tree, and its Python package is not needed: deepgemm_launcher.cu
+launches its two kernels (scores, and -inf outside of the windows) from their headers. nvcc compiles
+it at the first call, ten seconds, into a folder for temporary files, where the next run finds it.
+
+`--deepgemm PATH` is a clone of DeepGEMM with its submodules; of its files it needs
+
+    deep_gemm/include              the kernels
+    third-party/cutlass/include    CUTLASS and CuTe, as of the submodule
+
+Scores of all pairs do not fit into memory, so 8192 queries take turns, or fewer where their scores
+take more than `SCORE_BYTES`: the scores of the keys up to the last that one of them may see, then
+the best of these scores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNEL = "deep_gemm/include/deep_gemm/impls/sm90_fp8_mqa_logits.cuh"
+CUTLASS = "third-party/cutlass/include/cutlass/cutlass.h"
+LAUNCHER = Path(__file__).with_name("deepgemm_launcher.cu")
+FLAGS = (  # as DeepGEMM compiles its kernels
+    *("-std=c++20", "-O3", "-w", "--expt-relaxed-constexpr", "--expt-extended-lambda"),
+    *("--ptxas-options=--register-usage-level=10", "-gencode=arch=compute_90a,code=sm_90a"),
+    *("-shared", "-Xcompiler=-fPIC"),
+)
+HEADS = (32, 64)
+DIM = 128
+TILE_ROWS, TILE_KEYS = 4, 256  # the kernel writes whole tiles
+CHUNK_ROWS = 8192
+SCORE_BYTES = 8 << 30
+
+
+Launch = Callable[..., bytes | None]  # the arguments of deepgemm_logits; None, or what went wrong
+
+
+def missing(folder: Path) -> str:
+    """Return the first of the needed files that the folder lacks; an empty string if none."""
+    return next((file for file in (KERNEL, CUTLASS) if not (folder / file).is_file()), "")
+
+
+def obstacle(folder: Path | None) -> str:
+    """Return why the peer cannot run; an empty string if it can."""
+    if folder is None:
+        return "needs --deepgemm PATH"
+    if nvcc() is None:
+        return "nvcc is not found"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    return ""
+
+
+def build(
+    folder: Path | None,
+    *,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    k_scale: Tensor,
+    ke: Tensor,
+    topk: int,
+) -> Callable[[], Tensor]:
+    """Return one call with the arguments of `hisa.flat_index`: [M, topk], unsorted.
+
+    Raises:
+        ValueError: the peer cannot run (`obstacle` says so beforehand), or not with these tensors.
+    """
+    chunks = build_scores(folder, q=q, k=k, weights=weights, k_scale=k_scale, ke=ke)
+
+    def call() -> Tensor:
+        indices = torch.full((len(q), topk), -1, device=q.device, dtype=torch.int32)
+        for at, scores in chunks():
+            best = scores.topk(min(topk, scores.shape[1]), sorted=False)
+            indices[at, : best.indices.shape[1]] = best.indices.masked_fill_(
+                best.values == -torch.inf, -1
+            ).int()
+        return indices
+
+    return call
+
+
+def build_logits(folder: Path | None, **inputs: Tensor) -> Callable[[], None]:
+    """Return one call that makes all scores, a chunk's over those of the chunk before."""
+    chunks = build_scores(folder, **inputs)
+
+    def call() -> None:
+        for _ in chunks():
+            pass
+
+    return call
+
+
+def build_scores(
+    folder: Path | None, *, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor, ke: Tensor
+) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+    """Return a function that yields chunks of rows with their scores, in memory that is reused.
+
+    Scores are [R, the keys that the chunk may see rounded up to 256], fp32, -inf outside of the
+    windows [0, ke).
+    """
+    if folder is None:
+        raise ValueError(obstacle(folder))
+    heads = q.shape[1]
+    expected = [(q, torch.float8_e4m3fn), (k, torch.float8_e4m3fn), (weights, torch.float32)]
+    expected += [(k_scale, torch.float32), (ke, torch.int32)]
+    if heads not in HEADS or q.shape[2] != DIM:
+        raise ValueError(f"q: expected [M, 32 or 64, {DIM}], got {[*q.shape]}")
+    if not all(t.dtype == dtype and t.is_contiguous() for t, dtype in expected):
+        raise ValueError("expected contiguous fp8 q and k, fp32 weights and k_scale, int32 ke")
+    launch = launcher(folder, q.device)
+    ks = torch.zeros_like(ke)
+    chunks = split(ke)
+    size = max(
+        round_up(at.stop - at.start, TILE_ROWS) * round_up(end, TILE_KEYS) for at, end in chunks
+    )
+
+    def scores() -> Iterator[tuple[slice, Tensor]]:
+        buffer = torch.empty(size, device=q.device)
+        for at, end in chunks:
+            rows, width = at.stop - at.start, round_up(end, TILE_KEYS)
+            tensors = (q[at], k, k_scale, weights[at], ks[at], ke[at], buffer)
+            error = launch(*(t.data_ptr() for t in tensors), rows, end, heads, width)
+            if error is not None:
+                raise RuntimeError(f"DeepGEMM: {error.decode()}")
+            yield at, buffer[: rows * width].view(rows, width)
+
+    return scores
+
+
+def split(ke: Tensor) -> list[tuple[slice, int]]:
+    """Cut the rows into chunks, each with the end of the keys that it may see."""
+    longest = max(TILE_KEYS, round_up(int(ke.max()), TILE_KEYS))
+    step = min(CHUNK_ROWS, max(1, SCORE_BYTES // (4 * longest * TILE_ROWS)) * TILE_ROWS)
+    parts = [slice(start, min(start + step, len(ke))) for start in range(0, len(ke), step)]
+    return [(at, int(ke[at].max())) for at in parts]
+
+
+def launcher(folder: Path, device: torch.device) -> Launch:
+    """Return the launcher's function, on the stream that is current whenever it is called."""
+    function = load(folder, torch.cuda.get_device_properties(device).multi_processor_count)
+    return lambda *a: function(*a, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def load(folder: Path, multiprocessors: int) -> Any:
+    """Compile the launcher, if no earlier run has, and return its function."""
+    includes = [folder / "deep_gemm/include", folder / "third-party/cutlass/include"]
+    command = [str(nvcc()), *FLAGS, f"-DkMultiprocessors={multiprocessors}"]
+    command += [f"-I{include.resolve()}" for include in includes]
+    content = (folder / KERNEL).read_bytes() + LAUNCHER.read_bytes() + repr(command).encode()
+    cached = Path(tempfile.gettempdir()) / f"hisa-deepgemm-{os.getuid()}"
+    cached.mkdir(mode=0o700, exist_ok=True)
+    if cached.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{cached} belongs to somebody else")
+    library = cached / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not library.exists():
+        half_done = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(half_done), str(LAUNCHER)], check=True)
+        half_done.rename(library)
+    function = ctypes.CDLL(str(library)).deepgemm_logits
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_uint32] * 4 + [ctypes.c_void_p]
+    function.restype = ctypes.c_char_p
+    return function
+
+
+def nvcc() -> str | None:
+    """Return where CUDA's compiler is."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("nvcc", path=os.pathsep.join([str(home), os.environ.get("PATH", "")]))
+
+
+def round_up(value: int, step: int) -> int:
+    """Return the next multiple."""
+    return -(-value // step) * step
