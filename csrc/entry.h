@@ -3,6 +3,7 @@
 // `Device` is where they run. It is made from k or the mask, which sets the current device, and
 // provides
 //   kAlignment, kFarthest            of rows and their distances, in bytes
+//   kOverlap                         whether rows may lie on top of each other
 //   pool(params), index(params, shape), flat(params, shape), mask(params)
 #pragma once
 
@@ -24,22 +25,30 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // Rows may lie apart or on top of each other; their elements must be adjacent, every row must begin
-// at a multiple of `alignment` bytes and of an element's size, and no further apart than
-// `farthest`.
-inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1,
+// at a multiple of `alignment` bytes and of an element's size, and from one to the next it must be
+// `nearest` to `farthest` bytes.
+inline Tensor adjacent(const Tensor& tensor, int64_t alignment = 1, int64_t nearest = 0,
                        int64_t farthest = std::numeric_limits<int64_t>::max()) {
   const int64_t step = std::max<int64_t>(alignment, tensor.element_size());
   bool suits =
       tensor.stride(-1) == 1 && reinterpret_cast<intptr_t>(tensor.const_data_ptr()) % step == 0;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) {
     const int64_t distance = tensor.stride(d) * tensor.element_size();
-    suits = suits && distance % step == 0 && distance <= farthest;
+    suits = suits && distance % step == 0 && distance <= farthest &&
+            (distance >= nearest || tensor.size(d) == 1);
   }
   return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
 inline OptionalTensor adjacent(const OptionalTensor& tensor, int64_t alignment = 1) {
   return tensor.has_value() ? OptionalTensor(adjacent(*tensor, alignment)) : std::nullopt;
+}
+
+// Queries or keys, as the device takes them.
+template <class Device>
+Tensor rows_for(const Tensor& tensor) {
+  const int64_t row = tensor.size(-1) * tensor.element_size();
+  return adjacent(tensor, Device::kAlignment, Device::kOverlap ? 0 : row, Device::kFarthest);
 }
 
 template <class T>
@@ -111,7 +120,7 @@ TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
   check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
-  return pool_checked(device, adjacent(k, Device::kAlignment, Device::kFarthest), adjacent(k_scale, Device::kAlignment),
+  return pool_checked(device, rows_for<Device>(k), adjacent(k_scale, Device::kAlignment),
                       adjacent(cu_seqlens_k), block_size, parse_pooling(pooling));
 }
 
@@ -126,8 +135,8 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
-  const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
+  const Tensor queries = rows_for<Device>(q);
+  const Tensor keys = rows_for<Device>(k);
   const Tensor head_weights = adjacent(weights);
   const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
   const OptionalTensor segments = adjacent(cu_seqlens_k);
@@ -144,8 +153,7 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
                     .pooled = pooled_k.has_value()};
   std::optional<TwoTensors> pooled;  // not where every block is kept
   if (shape.pooled) {
-    pooled.emplace(adjacent(*pooled_k, Device::kAlignment, Device::kFarthest),
-                   adjacent(*pooled_scale, Device::kAlignment));
+    pooled.emplace(rows_for<Device>(*pooled_k), adjacent(*pooled_scale, Device::kAlignment));
   } else if (shape.pools()) {
     pooled = pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
   }
@@ -170,8 +178,8 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = adjacent(q, Device::kAlignment, Device::kFarthest);
-  const Tensor keys = adjacent(k, Device::kAlignment, Device::kFarthest);
+  const Tensor queries = rows_for<Device>(q);
+  const Tensor keys = rows_for<Device>(k);
   const Tensor head_weights = adjacent(weights);
   const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
   const OptionalTensor start = adjacent(ks);

@@ -16,6 +16,7 @@ constexpr int64_t kMaskGrain = 1 << 16;  // mask elements that are worth a threa
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
   static constexpr int64_t kFarthest = std::numeric_limits<int64_t>::max();
+  static constexpr bool kOverlap = true;
 
   explicit Cpu(const Tensor&) {}
 

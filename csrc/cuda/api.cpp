@@ -30,6 +30,7 @@ DeviceLimits current_limits() {
 struct Cuda {
   static constexpr int64_t kAlignment = 16;
   static constexpr int64_t kFarthest = std::numeric_limits<uint32_t>::max();
+  static constexpr bool kOverlap = false;  // the copy engine's
 
   explicit Cuda(const Tensor& k)
       : guard(k.device()),

@@ -106,6 +106,8 @@ cudaError_t find_encode(Encode& encode) {
   return error;
 }
 
+constexpr int64_t kAnyStride = 16;  // that of a single row is no matter
+
 struct Dimension {
   int64_t size;
   int64_t stride;  // bytes; of the innermost one, the element's
@@ -124,7 +126,7 @@ cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* dat
   cuuint32_t rank = 0;
   for (const Dimension& d : dimensions) {
     sizes[rank] = static_cast<cuuint64_t>(d.size);
-    strides[rank] = static_cast<cuuint64_t>(d.stride);
+    strides[rank] = static_cast<cuuint64_t>(rank > 0 && d.size == 1 ? kAnyStride : d.stride);
     box[rank++] = static_cast<cuuint32_t>(d.box);
   }
   const auto row = static_cast<int64_t>(box[0] * strides[0]);
