@@ -35,7 +35,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 
 # The extension lies in the tree, so it has one stamp for all environments, named after what it was
 # built with.
-BUILT_WITH := $(PY) $(HISA_CUDA) $(HISA_WERROR) $(TORCH_CUDA_ARCH_LIST)
+BUILT_WITH := $(PY) $(HISA_CUDA) $(HISA_HOPPER) $(HISA_WERROR) $(TORCH_CUDA_ARCH_LIST)
 BUILT := build/.stamps/built-$(firstword $(shell echo '$(BUILT_WITH)' | cksum))
 
 # One short line per compiled file instead of the compiler's whole command line; V=1 shows it.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hisa
 from hisa.bounds import DOT_ROUNDOFF
 from tests.case import Case
 from tests.checker import Result, assert_valid_output
@@ -125,3 +126,11 @@ def usable_cuda() -> bool:
     import hisa
 
     return bool(hisa.build_info()["cuda"]) and torch.cuda.is_available()
+
+
+def hopper() -> bool:
+    """Say whether the kernels of csrc/cuda/sm90 are built (HISA_HOPPER=1), and run on this GPU."""
+    if not usable_cuda():
+        return False
+    plan = hisa.plan(1, 1, 64, 128, dtype=torch.bfloat16, device="cuda", op="flat_index", topk=1)
+    return "wgmma" in "".join(plan.kernels.values())

@@ -20,7 +20,7 @@ from tests import oracle
 from tests.builders import exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.families import CUDA
+from tests.families import CUDA, hopper
 from tests.numeric import DTYPES, short_name
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +54,7 @@ def test_every_kernel(dtype: torch.dtype, heads: int, depth: int, kernel: str) -
 def is_hopper(dtype: torch.dtype, heads: int, depth: int) -> bool:
     """Say whether the kernels of csrc/cuda/sm90 take such calls here."""
     return (
-        torch.cuda.get_device_capability() == (9, 0)
+        hopper()
         and dtype in (torch.float8_e4m3fn, torch.bfloat16)
         and heads in (16, 32, 64, 128)
         and depth in (64, 128)

@@ -18,13 +18,12 @@ from tests import oracle
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.families import CUDA, usable_cuda
+from tests.families import CUDA, hopper
 from tests.numeric import short_name
 
-HOPPER = usable_cuda() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
+    pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0 and HISA_HOPPER=1"),
 ]
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16]
 

@@ -50,7 +50,8 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
     plan.chunk = chunk;
     plan.capacity = capacity;
     plan.on_chip = true;
-    for (plan.stages = kMaxStages; plan.stages >= least; --plan.stages) {
+    plan.stages = kMaxStages / needs.step * needs.step;
+    for (; plan.stages >= least; plan.stages -= needs.step) {
       plan.shared = bytes(at_hand, plan.stages, chunk, capacity);
       if (plan.shared <= limits.shared_block) return true;
     }

@@ -37,7 +37,8 @@ struct Geometry {
 // What a kernel needs, whatever the call.
 struct Needs {
   int64_t fixed;  // bytes of shared memory
-  int stages;     // at least: a scorer holds on to a tile until its next one is there
+  int stages;     // at least
+  int step;       // which their number is a multiple of
 };
 
 // Whether this family has a kernel for the call. It depends on nothing that may differ between

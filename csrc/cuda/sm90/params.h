@@ -21,8 +21,7 @@ struct Variant {
   int dim;
 };
 inline constexpr Variant kVariants[] = {
-    {64, 128},
-    {32, 128},
+    {16, 64}, {32, 64}, {64, 64}, {128, 64}, {16, 128}, {32, 128}, {64, 128}, {128, 128},
 };
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__
     const uint32_t warp = threadIdx.x / 32 % 4;
     if (warp < C::kCopiers)
       copy_tiles<C>(params, memory, warp);
-    else
+    else if (warp - C::kCopiers < C::kLoaders)
       load_groups<C>(params, memory, warp - C::kCopiers);
   } else {
     ptx::grow_registers<C::kScoreRegisters>();
@@ -90,7 +90,7 @@ cudaError_t launch_kernel(const Params& params, const Plan& plan, cudaStream_t s
 template <ElementType kType>
 Needs find_needs(int64_t heads, int64_t dim, Work work) {
   return with_config<kType>(heads, dim, work, []<class C>(C) {
-    return Needs{.fixed = sizeof(Shared<C>), .stages = C::kScorers + 1};
+    return Needs{sizeof(Shared<C>), C::kLeastStages, C::kStageStep};
   });
 }
 

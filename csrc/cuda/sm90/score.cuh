@@ -64,7 +64,7 @@ class Scorer {
   static constexpr int kPairs = C::kColumns / 8;  // of columns that a lane has of a key
   static constexpr int kRowPairs = C::kHeads / 8;
   static constexpr int kValues = 2 * C::kGroup;  // sums: of each row, for keys g and g + 8
-  static constexpr int kRun = 2;
+  static constexpr int kRun = C::kRun;
   static constexpr int kOwn = kValues > 4 ? kValues / 4 : 1;  // of them that a lane stores
 
  public:

@@ -9,6 +9,8 @@
 // is scored, and a third is loaded.
 #pragma once
 
+#include <numeric>
+
 #include "../memory.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "params.h"
@@ -33,6 +35,15 @@ struct Config {
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kCopiers = 2;  // warps, of the warpgroup that loads
   static constexpr int kLoaders = 2;
+  // Tiles that a scorer goes through without a stop; one, where there are too few registers.
+  static constexpr int kRun = kColumns > 64 && kPanels > 1 ? 1 : 2;
+  // NOTE: a barrier tells only whether a phase is the one at hand or the one before. So each stage
+  // has one copier and one scorer, who know by themselves that its last phase is over.
+  static constexpr int kStageStep = std::lcm(kCopiers, kScorers);
+  // In a run, a scorer holds on to a tile until its next one is there.
+  static constexpr int kHeld = kRun > 1 ? kScorers + 1 : kScorers;
+  static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
+  static_assert(kLeastStages <= kMaxStages);
   static constexpr bool kWide = kColumns > 64;
   static constexpr int kSelectRegisters = kScorers == 3 ? 96 : kWide ? 120 : 112;
   static constexpr int kLoadRegisters = kWide ? 40 : 48;
