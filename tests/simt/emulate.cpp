@@ -1,0 +1,109 @@
+// Behind C functions: the kernels for Hopper, csrc/cuda/sm90 with the wrappers of this folder in
+// place of csrc/cuda/ptx, and the selection of the portable ones.
+#include <exception>
+
+#include "cuda/sm90/launch.cpp"
+#include "cuda/sm90/rows_bf16.cu"
+#include "cuda/sm90/rows_fp8.cu"
+
+namespace hisa::cuda::sm90 {
+alignas(1024) char start[232448];
+}
+
+extern "C" {
+
+struct Call {
+  const void *q, *k, *pooled;
+  const float *weights, *k_scale, *pooled_scale;
+  const int32_t *ks, *ke, *cu_seqlens;
+  int64_t rows, keys, heads, dim, segments, fp8, block_size, block_topk, topk, multiprocessors,
+      shared;  // bytes that a block can have
+  uint64_t seed;
+  int32_t* indices;
+  float* scores;
+};
+
+// 0, or 1 with a text.
+int emulate(const Call* call, char* text, int64_t size) {
+  using namespace hisa;
+  try {
+    simt::seed() = call->seed;
+    const auto type = call->fp8 != 0 ? ElementType::kFloat8E4M3 : ElementType::kBFloat16;
+    const Keys keys{call->k, call->k_scale, call->keys, call->dim, call->dim, type};
+    const bool flat = call->block_size == 0;
+    const Shape shape{call->rows,
+                      call->keys,
+                      call->heads,
+                      call->dim,
+                      type,
+                      call->topk,
+                      call->block_size,
+                      call->block_topk,
+                      call->pooled != nullptr};
+    cuda::RowsParams params{};
+    params.queries = {call->q,   call->weights, call->rows, call->heads, call->heads * call->dim,
+                      call->dim, call->heads};
+    params.keys = keys;
+    if (call->pooled != nullptr)
+      params.pooled = {call->pooled, call->pooled_scale, shape.slots(), call->dim, call->dim, type};
+    params.windows = {call->ks, call->ke, call->cu_seqlens, call->segments};
+    params.output = {call->indices, call->scores, call->topk};
+    params.block_topk = flat ? 0 : call->block_topk;
+    params.block_shift = flat ? 0 : std::countr_zero(static_cast<uint64_t>(call->block_size));
+    const cuda::DeviceLimits limits{90, static_cast<int>(call->multiprocessors), 233472,
+                                    call->shared};
+    const auto geometry = cuda::sm90::make_geometry(shape, limits);
+    if (std::max(geometry.coarse.shared, geometry.tokens.shared) > call->shared)
+      throw std::runtime_error("does not fit into shared memory");
+    std::vector<uint4> workspace(static_cast<size_t>(geometry.workspace / 16 + 1));
+    if (cuda::sm90::launch_rows(params, geometry, reinterpret_cast<char*>(workspace.data()),
+                                nullptr) != cudaSuccess)
+      throw std::runtime_error("not launched");
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(text, static_cast<size_t>(size), "%s", error.what());
+    return 1;
+  }
+}
+
+// The best `count` of scores [n], by csrc/cuda/select.cuh: at once, or with a chunk and a buffer.
+int select_best(const float* scores, int64_t n, int64_t count, int64_t chunk, int64_t capacity,
+                uint64_t seed, int32_t* positions, float* chosen, char* text, int64_t size) {
+  using namespace hisa::cuda;
+  const auto kernel = [&] {
+    auto& memory = *reinterpret_cast<SharedMemory*>(sm90::start);
+    char* row = sm90::start + kSharedBytes + kHistogram * 4;
+    if (threadIdx.x == 0) {
+      memory.region = {reinterpret_cast<float*>(row), region_size(chunk, capacity),
+                       static_cast<uint32_t>(chunk), static_cast<uint32_t>(capacity)};
+      Source source{};
+      source.size = static_cast<uint32_t>(n);
+      source.blocks = &kSingleBlock;
+      source.block_shift = 31;
+      memory.stage = {source, static_cast<uint32_t>(count), positions, chosen, true};
+      memory.buffered = 0;
+      memory.bar = Bar{};
+    }
+    __syncthreads();
+    const Region region = memory.region;
+    for (uint32_t begin = 0; begin < n; begin += chunk_at(memory, begin)) {
+      const uint32_t part = chunk_at(memory, begin);
+      for (uint32_t i = threadIdx.x; i < part; i += kThreads) region.scores[i] = scores[begin + i];
+      __syncthreads();
+      if (!region.holds(memory.stage.source))
+        add_to_buffer<WholeBlock>(memory, region.scores, part, begin);
+    }
+    if (region.holds(memory.stage.source))
+      write_best_of<WholeBlock>(memory, region.scores);
+    else
+      write_best_of_buffer<WholeBlock>(memory);
+  };
+  try {
+    simt::Block(kThreads, 0, 1, seed).run(kernel);
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(text, static_cast<size_t>(size), "%s", error.what());
+    return 1;
+  }
+}
+}

@@ -1,0 +1,148 @@
+"""The kernels for Hopper and the portable selection, on a CPU, with threads in random order.
+
+Catches, without a GPU: a wait for the wrong phase, memory that is used again too early, threads
+that wait for ever, a row, block or scale taken for its neighbour's. Where two threads may go in any
+order, a seed chooses it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from tests import builders, oracle
+from tests.builders import BLOCK_SIZES, exact_case, int32
+from tests.case import Case
+from tests.checker import assert_same
+from tests.simt import Hopper, build, select_best
+
+pytestmark = [
+    pytest.mark.seconds(300),
+    pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("c++"), reason="needs c++"),
+]
+FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+SHAPES = [(heads, dim) for heads in (16, 32, 64, 128) for dim in (64, 128)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The emulator, compiled."""
+    return build(tmp_path_factory.mktemp("simt"))
+
+
+def check(hopper: Hopper, case: Case, seed: int) -> None:
+    """Compare both operators with the oracle, bit for bit."""
+    assert_same(hopper.index(case, seed), oracle.index(case))
+    assert_same(hopper.flat_index(case, seed), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("dtype", [FP8, BF16], ids=["fp8", "bf16"])
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+def test_every_kernel(library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int) -> None:
+    """Rows that fill the last group and that do not, packed segments, all block sizes."""
+    for seed, size in enumerate(BLOCK_SIZES):
+        rows = 3 + seed % 3
+        case = exact_case(seed + 10, dtype=dtype, M=rows, N=4 * size + 5, H=heads, D=dim, B=size,
+                          block_topk=3, topk=2 * size + 1)  # fmt: skip
+        check(Hopper(library), case, seed)
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(12), pytest.param(range(400), marks=[pytest.mark.long])], ids=["few", "many"]
+)
+@pytest.mark.parametrize("shared", [232448, 190000])
+def test_fuzz(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, shared: int, seeds: range
+) -> None:
+    """Random calls, with room for whole rows of scores and without."""
+    monkeypatch.setattr(builders, "shapes", "hopper")
+    for seed in seeds:
+        case = exact_case(seed, dtype=(FP8, BF16)[seed % 2], budget=6e5)
+        if min(case.shape[:2]) > 0:
+            check(Hopper(library, shared, multiprocessors=1 + seed % 3), case, seed)
+
+
+@pytest.mark.parametrize("shared", [232448, 170000])
+@pytest.mark.parametrize("topk", [1, 600, 3000])
+def test_flat_in_chunks(library: ctypes.CDLL, shared: int, topk: int) -> None:
+    """Windows that begin and end in different chunks; a buffer on the chip and in memory."""
+    windows: dict[str, Any] = {
+        "ks": int32([0, 5, 70, 9, 5000]),
+        "ke": int32([7000, 6999, 4001, 9, 7000]),
+    }
+    for dtype in (FP8, BF16):
+        case = exact_case(3, dtype=dtype, M=5, N=7000, H=16, D=64, topk=topk, B=8,
+                          cu_seqlens_k=None, **windows)  # fmt: skip
+        got = Hopper(library, shared).flat_index(case, seed=topk)
+        assert_same(got, oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("blocks", [400, 900, 2000])
+@pytest.mark.parametrize("shared", [232448, 170000])
+def test_many_blocks(library: ctypes.CDLL, blocks: int, shared: int) -> None:
+    """One warp selects among up to 512 blocks, or 1024; beyond that all of them do."""
+    case = exact_case(6, dtype=BF16, M=3, N=8 * blocks, H=16, D=64, B=8, block_topk=150, topk=700,
+                      cu_seqlens_k=None, ke=int32([8 * blocks - i for i in range(3)]))  # fmt: skip
+    assert_same(Hopper(library, shared).index(case), oracle.index(case))
+
+
+def test_rows_of_all_lengths(library: ctypes.CDLL) -> None:
+    """Many groups for a block of threads; rows that are empty, short, pruned, side by side."""
+    ke = [(37 * i) % 301 if i % 5 else 0 for i in range(60)]
+    case = exact_case(5, dtype=FP8, M=60, N=300, H=16, D=64, B=8, topk=40, block_topk=9,
+                      cu_seqlens_k=None, ks=None, ke=int32(ke))  # fmt: skip
+    for seed in range(3):
+        check(Hopper(library, multiprocessors=1 + seed), case, seed)
+
+
+VALUES: dict[str, Any] = {
+    "alike": (slice(None), 0.0),
+    "infinite": (slice(100, 1900, 7), torch.inf),
+    "nan": (slice(5, 1900, 3), torch.nan),
+    "outlier": (slice(77, 78), 2.0**100),
+    "denormal": (slice(None), 2.0**-126),
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_scores_out_of_the_ordinary(library: ctypes.CDLL, values: str) -> None:
+    """The range of a row's scores is no help, or cannot be computed."""
+    generator = torch.Generator().manual_seed(1)
+    at, value = VALUES[values]
+    scale = torch.ones(2000)
+    scale[at] = value
+    k, q = (torch.randint(-2, 3, shape, generator=generator).bfloat16()
+            for shape in ((2000, 64), (2, 16, 64)))  # fmt: skip
+    case = Case(q=q, k=k, weights=torch.ones(2, 16), k_scale=scale, topk=700)
+    assert_same(Hopper(library).flat_index(case), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling", "odd", "zeros"])
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (700, 33), (3000, 1000), (3001, 3000)])
+def test_portable_selection(library: ctypes.CDLL, kind: str, n: int, count: int) -> None:
+    """At once; in chunks with a buffer that overflows often, and one that hardly ever does."""
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randn(n, generator=generator)
+    if kind == "ties":
+        scores = torch.randint(-2, 3, (n,), generator=generator).float()
+    elif kind in ("rising", "falling"):
+        scores = scores.sort(descending=kind == "falling").values
+    elif kind == "odd":
+        odd = torch.tensor([torch.nan, -torch.inf, torch.inf, -0.0, 0.0, 1e-45])
+        scores = odd[torch.randint(6, (n,), generator=generator)]
+    elif kind == "zeros":
+        scores = torch.where(scores > 0, 0.0, -0.0)
+    ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    want = ranked.sort(descending=True, stable=True).indices[:count].sort().values.int()
+    layouts = [(4096, 0), (512, (count + 512 + 3) // 4 * 4), (256, (2 * count + 256 + 3) // 4 * 4)]
+    for seed, (chunk, capacity) in enumerate(layouts):
+        got, chosen = select_best(
+            library, scores, count, chunk=chunk, capacity=capacity, seed=seed
+        )  # fmt: skip
+        assert torch.equal(got, want), f"chunk {chunk}, capacity {capacity}"
+        assert torch.equal(chosen.nan_to_num(), scores[want.long()].nan_to_num())
