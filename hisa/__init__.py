@@ -14,6 +14,7 @@ from ._version import __version__
 from .agreement import Comparison, Explanation, Recommendation, compare, explain, recommend
 from .certificate import Certificate, ExactSelection, certify, exact_index
 from .checking import check
+from .cost import ExactCost
 from .module import HierarchicalIndexer
 from .ops import flat_index, index, pool_keys
 from .planning import Plan, plan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Certificate",
     "Comparison",
+    "ExactCost",
     "ExactSelection",
     "Explanation",
     "HierarchicalIndexer",

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _extension
 from .checking import NUMBER, check, check_index_types, check_types, wants_check
 from .contract import check_contract, check_numbers
+from .cost import ExactCost, Work
 from .ops import Pooled
 from .proof import Proof, check_bound_size, check_limits
 
@@ -66,11 +67,24 @@ class ExactSelection(NamedTuple):
         indices: `[M, topk]` int32, the same set as `hisa.flat_index` selects.
         scores: `[M, topk]` float32, in the same order.
         escalated: `[M]` bool: the row was not proved, and flat has run for it.
+        work: what `cost` follows from: sizes, and the caller's own windows. Who changes those in
+            place changes the cost that is counted afterwards.
     """
 
     indices: Tensor
     scores: Tensor
     escalated: Tensor
+    work: Work
+
+    def cost(self) -> ExactCost:
+        """Count operations, and those of flat alone. Waits for the device; the call does not."""
+        return self.work.cost(self.escalated)
+
+    def __str__(self) -> str:
+        return str(self.cost())
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def certify(
@@ -138,14 +152,15 @@ def exact_index(
     """Select flat's tokens, by the hierarchical indexer wherever that can be proved.
 
     HISA first, then the proof of `hisa.certify`, then `hisa.flat_index` for just the rows that are
-    not proved. So the result is always flat's, and the cost lies between the two: that of `certify`
-    plus the share of escalated rows of that of flat. Where few rows are proved it is slower than
-    flat alone; `escalated.float().mean()` says.
+    not proved. So the result is always flat's, at the cost of `certify` plus the share of escalated
+    rows of that of flat. Where few rows are proved that is more than flat alone: the result says so
+    when it is printed, and `.cost()` has the numbers. They are operations, not time.
 
     Args: those of `hisa.certify`.
 
     Returns:
-        An `ExactSelection`, of tensors on the device of k. Nothing is read back from the device.
+        An `ExactSelection`, of tensors on the device of k. Nothing is read back from the device
+        before it is printed or asked for its cost.
 
     Raises:
         TypeError, ValueError: what `hisa.certify` would raise.
@@ -154,7 +169,11 @@ def exact_index(
         q, k, weights, k_scale, ks, ke, cu_seqlens_k, pooled, block_size, block_topk, topk, pooling,
         bound_size,
     )  # fmt: skip
-    return ExactSelection(*torch.ops.hisa.exact_index(q, k, weights, **arguments))
+    indices, scores, escalated = torch.ops.hisa.exact_index(q, k, weights, **arguments)
+    size = _bound_size(bound_size, block_size)
+    work = Work(q.shape[0], k.shape[0], q.shape[1], k.shape[1], block_size, block_topk, size,
+                pooled is None, ks, ke, cu_seqlens_k)  # fmt: skip
+    return ExactSelection(indices, scores, escalated, work)
 
 
 def _arguments(
@@ -193,6 +212,11 @@ def _arguments(
     }  # fmt: skip
 
 
+def _bound_size(given: int | None, block_size: int) -> int:
+    """Return how many keys share a bound."""
+    return min(64, block_size) if given is None else given
+
+
 def _start(
     q: Tensor,
     k: Tensor,
@@ -214,7 +238,7 @@ def _start(
     tensors = (q, k, weights, k_scale, ks, ke, cu_seqlens_k)
     sizes = (block_size, block_topk, topk, pooling)
     _extension.require().check_index(*tensors, pooled_k, pooled_scale, *sizes)
-    bound_size = min(64, block_size) if bound_size is None else bound_size
+    bound_size = _bound_size(bound_size, block_size)
     check_bound_size(bound_size, block_size)
     check_limits(heads=q.shape[1], dim=k.shape[1])
     pooled = None if pooled_k is None or pooled_scale is None else (pooled_k, pooled_scale)

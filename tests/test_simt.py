@@ -91,6 +91,22 @@ def test_many_blocks(library: ctypes.CDLL, blocks: int, shared: int) -> None:
     assert_same(Hopper(library, shared).index(case), oracle.index(case))
 
 
+def test_few_blocks_of_a_row_in_several_chunks(library: ctypes.CDLL) -> None:
+    """A row has fewer blocks than a warp can select among, but the chunks of the call are short."""
+    case = exact_case(7, dtype=BF16, M=3, N=24000, H=16, D=128, B=8, block_topk=50, topk=33,
+                      cu_seqlens_k=None, ks=None, ke=int32([5600, 5592, 4808]))  # fmt: skip
+    assert_same(Hopper(library).index(case), oracle.index(case))
+
+
+def test_groups_with_little_to_copy(library: ctypes.CDLL) -> None:
+    """A copier that has no tile in many groups, and is slow, still finds its group."""
+    ke = [(37 * i) % 301 if i % 2 else 12 for i in range(60)]
+    case = exact_case(5, dtype=FP8, M=60, N=300, H=16, D=64, B=8, topk=20, block_topk=9,
+                      cu_seqlens_k=None, ks=None, ke=int32(ke))  # fmt: skip
+    for seed in (19, 20, 21):  # without a wait, 19 hangs
+        check(Hopper(library, multiprocessors=1 + seed % 2), case, seed)
+
+
 def test_rows_of_all_lengths(library: ctypes.CDLL) -> None:
     """Many groups for a block of threads; rows that are empty, short, pruned, side by side."""
     ke = [(37 * i) % 301 if i % 5 else 0 for i in range(60)]

@@ -121,3 +121,19 @@ def test_no_gradient(op: str, device: str) -> None:
     tensors = [tensor.clone().requires_grad_() for tensor in (case.q, case.k, case.weights)]
     found = getattr(hisa, op)(*tensors, **arguments(case))
     assert not any(getattr(found, name).requires_grad for name in FIELDS[op])
+
+
+def test_export_of_exact() -> None:
+    """The result leaves an exported program whole, and can still tell its cost."""
+
+    class Selects(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, weights: Tensor, ke: Tensor) -> hisa.ExactSelection:
+            return hisa.exact_index(q, k, weights, ke=ke, **sizes)
+
+    case = case_of(torch.float32, "cpu")
+    sizes: dict[str, Any] = {"block_size": 8, "block_topk": 12, "topk": 8}
+    call = (case.q, case.k, case.weights, case.ke)
+    got = torch.export.export(Selects(), call).module()(*call)
+    want = hisa.exact_index(*call[:3], ke=case.ke, **sizes)
+    assert_same("exact_index", got, want)
+    assert str(got) == str(want)

@@ -202,7 +202,7 @@ CUDA_MUTANTS = [
            "static_cast<int32_t>(begin) + i", "i"),
     # Hopper
     Mutant("hopper: rows of a group share weights", "cuda/sm90/load.cuh",
-           "const int64_t of = m + column / C::kHeads;", "const int64_t of = m;"),
+           "const int64_t of = m + i / C::kHeads;", "const int64_t of = m;"),
     Mutant("hopper: scales of segments that begin anywhere", "cuda/sm90/load.cuh",
            "static_cast<uint32_t>(group.rows[0].first) : base) & 3U",
            "static_cast<uint32_t>(group.rows[0].first) : base) & 0U"),

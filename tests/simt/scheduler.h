@@ -49,7 +49,12 @@ class Block {
   static constexpr size_t kStack = 96 * 1024;
 
   Block(uint32_t threads, uint32_t index, uint32_t blocks, uint64_t seed)
-      : block(index), grid(blocks), random_(seed), threads_(threads), warps_(threads / 32) {}
+      : block(index),
+        grid(blocks),
+        random_(seed),
+        threads_(threads),
+        warps_(threads / 32),
+        slowness_(threads / 32) {}
 
   static Block& current() { return *instance(); }
   Thread& thread() { return *running_; }
@@ -58,6 +63,8 @@ class Block {
   void run(const std::function<void()>& kernel) {
     instance() = this;
     kernel_ = kernel;
+    for (uint64_t& slowness : slowness_) slowness = uint64_t{1} << random_() % 3;
+    slowness_[random_() % slowness_.size()] <<= random_() % 12;
     for (uint32_t i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[i];
       t.index = i;
@@ -155,10 +162,15 @@ class Block {
       copy();
       return true;
     }
-    // A random share of those that can run, so that some fall far behind.
+    // A random share of those that can run. Some warps are slow, and fall far behind.
     const uint64_t share = 1 + random_() % 4;
+    bool any = false;
     for (const uint32_t i : ready)
-      if (random_() % 4 < share) resume(threads_[i]);
+      if (random_() % 4 < share && random_() % slowness_[i / 32] == 0) {
+        resume(threads_[i]);
+        any = true;
+      }
+    if (!any) resume(threads_[ready[random_() % ready.size()]]);
     return true;
   }
 
@@ -173,6 +185,7 @@ class Block {
   std::mt19937_64 random_;
   std::vector<Thread> threads_;
   std::vector<Meeting> warps_;
+  std::vector<uint64_t> slowness_;  // of a warp: it runs every so many times
   std::map<uint32_t, Meeting> named_;
   std::map<const void*, Phases> phases_;
   std::vector<std::function<void()>> copies_;

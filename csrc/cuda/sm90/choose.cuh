@@ -39,7 +39,7 @@ class Selector {
         if (Selectors::thread() == 0) shared.states[row] = {};
       for (uint32_t begin = 0; begin < group.size; begin += chunk, chunk_turn.next()) {
         shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
-        if (params_.work == Work::kCoarse && group.size <= 32 * kFew)
+        if (params_.work == Work::kCoarse && group.size <= min(32U * kFew, chunk))
           take_few(group, chunk_turn.buffer);
         else
 #pragma unroll 1

@@ -41,11 +41,10 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
   const RowsParams& rows = params.rows;
   const Queries& queries = rows.queries;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  constexpr int kWeights = C::kColumns / 32 > 0 ? C::kColumns / 32 : 1;  // of a lane
   Turn turn{params.groups};
-  uint32_t number = 0;
-  for (int64_t g = last_group<C>(params); g >= 0; g -= gridDim.x, turn.next(), ++number) {
-    if (number % C::kLoaders != loader) continue;
+  for (uint32_t i = 0; i < loader; ++i) turn.next();
+  for (int64_t g = last_group<C>(params) - int64_t{loader} * gridDim.x; g >= 0;
+       g -= C::kLoaders * gridDim.x) {
     const int64_t m = g * C::kGroup;
     Row row{};
     if (lane < C::kGroup && m + lane < queries.rows)
@@ -53,18 +52,12 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
 
     shared.group_empty[turn.buffer].wait(turn.phase ^ 1U);
     Group<C>& group = shared.groups[turn.buffer];
-    float weights[kWeights];
-#pragma unroll
-    for (int i = 0; i < kWeights; ++i) {
-      const int column = i * 32 + lane;
-      const int64_t of = m + column / C::kHeads;
-      weights[i] = column < C::kColumns && of < queries.rows
-                       ? queries.weights[of * queries.weights_stride + column % C::kHeads]
-                       : 0.0F;
+#pragma unroll 1
+    for (int i = lane; i < C::kColumns; i += 32) {
+      const int64_t of = m + i / C::kHeads;
+      group.weights[i] =
+          of < queries.rows ? queries.weights[of * queries.weights_stride + i % C::kHeads] : 0.0F;
     }
-#pragma unroll
-    for (int i = 0; i < kWeights; ++i)
-      if (i * 32 + lane < C::kColumns) group.weights[i * 32 + lane] = weights[i];
     uint32_t base = ~0U;
     uint32_t end = 0;
     if (lane < C::kGroup) {
@@ -101,6 +94,7 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
             params.queries, full, panel * C::kPitch / C::kElement, 0, static_cast<int32_t>(m));
     }
     __syncwarp();
+    for (int i = 0; i < C::kLoaders; ++i) turn.next();
   }
 }
 
@@ -157,6 +151,8 @@ __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32
       }
     }
     first = tile - tiles;
+    __syncwarp();
+    if (lane == 0) shared.group_empty[turn.buffer].arrive();
   }
 }
 

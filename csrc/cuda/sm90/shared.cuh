@@ -93,7 +93,7 @@ struct Shared {
     constexpr int kScorerWarps = 4 * C::kScorers;
     for (int i = 0; i < kMaxGroups; ++i) {
       group_full[i].init(1);
-      group_empty[i].init(kScorerWarps + 4);
+      group_empty[i].init(kScorerWarps + 4 + C::kCopiers);
     }
     for (int i = 0; i < kChunks; ++i) {
       chunk_full[i].init(kScorerWarps);
