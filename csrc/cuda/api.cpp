@@ -30,7 +30,7 @@ DeviceLimits current_limits() {
 struct Cuda {
   static constexpr int64_t kAlignment = 16;
   static constexpr int64_t kFarthest = std::numeric_limits<uint32_t>::max();
-  static constexpr bool kOverlap = false;  // the copy engine's
+  static constexpr bool kOverlap = !sm90::kCompiled;  // the copy engine's rows lie apart
 
   explicit Cuda(const Tensor& k)
       : guard(k.device()),

@@ -7,12 +7,6 @@
 namespace hisa::cuda::sm90 {
 namespace {
 
-#ifdef HISA_SM90
-constexpr bool kCompiled = true;
-#else
-constexpr bool kCompiled = false;  // for other architectures only
-#endif
-
 constexpr int64_t kWorkspace = int64_t{256} << 20;  // of buffers that are not on chip, at most
 constexpr int kEnoughStages = 4;  // that hide the time a tile takes to come
 

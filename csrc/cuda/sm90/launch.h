@@ -11,6 +11,12 @@
 
 namespace hisa::cuda::sm90 {
 
+#ifdef HISA_SM90
+inline constexpr bool kCompiled = true;
+#else
+inline constexpr bool kCompiled = false;  // no call is taken
+#endif
+
 // One kernel's launch.
 struct Plan {
   Work work;
