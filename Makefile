@@ -87,13 +87,13 @@ lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc benchmarks tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs clang-format --dry-run -Werror
 
 format: $(READY) ## rewrite Python and C++ to the project's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc benchmarks tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs clang-format -i
 
 docs: $(READY) ## the documentation site, in build/docs

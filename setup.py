@@ -88,9 +88,8 @@ def default_cuda_architectures(toolkit: str) -> str:
     return ";".join(usable) + "+PTX"
 
 
-def hopper_architectures() -> str:
+def hopper_architectures(wanted: str) -> str:
     """TORCH_CUDA_ARCH_LIST with Hopper's own instructions: 9.0a for 9.0."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     return re.sub(r"9\.0(?!a)|Hopper", "9.0a", wanted)
 
 
@@ -140,7 +139,8 @@ def make_extension(use_cuda: bool) -> Extension:
     macros = [("HISA_TORCH_VERSION", torch.__version__)]  # another torch: everything is recompiled
     macros += [("HISA_X86", "1")] if IS_X86 else []
     macros += [("HISA_WITH_CUDA", "1")] if use_cuda else []
-    macros += [("HISA_SM90", "1")] if use_cuda and HOPPER else []
+    hopper = use_cuda and HOPPER and "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]
+    macros += [("HISA_SM90", "1")] if hopper else []
     return (CUDAExtension if use_cuda else CppExtension)(
         "hisa._C",
         sorted(sources),
@@ -163,7 +163,8 @@ def main() -> None:
     if use_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_architectures(CUDA_HOME))
         if HOPPER:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = hopper_architectures()
+            wanted = os.environ["TORCH_CUDA_ARCH_LIST"]
+            os.environ["TORCH_CUDA_ARCH_LIST"] = hopper_architectures(wanted)
     BuildKernels.summary = f"hisa: built for {'CPU and CUDA' if use_cuda else 'CPU only'} ({why})"
     setup(ext_modules=[make_extension(use_cuda)], cmdclass={"build_ext": BuildKernels})
 

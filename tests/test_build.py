@@ -111,6 +111,13 @@ def test_default_architectures_are_those_the_toolkit_knows(
     assert setup_py.default_cuda_architectures(str(tmp_path)) == "8.0;8.9;9.0;10.0;12.0+PTX"
 
 
+def test_hopper_gets_its_own_instructions(setup_py: ModuleType) -> None:
+    found = [setup_py.hopper_architectures(given) for given in (
+        "8.0;9.0;10.0+PTX", "9.0+PTX", "9.0a", "Hopper", "8.0+PTX",
+    )]  # fmt: skip
+    assert found == ["8.0;9.0a;10.0+PTX", "9.0a+PTX", "9.0a", "9.0a", "8.0+PTX"]
+
+
 def test_every_source_belongs_to_one_build(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
