@@ -18,7 +18,7 @@
 #include "refine.cuh"
 #include "score_fma.cuh"
 #include "score_mma.cuh"
-#include "select.cuh"
+#include "select_stage.cuh"
 #include "variants.h"
 
 namespace hisa::cuda {

@@ -5,10 +5,10 @@
 #include <utility>
 
 #include "../ptx/warpgroup.cuh"
-#include "choose.cuh"
 #include "launch.h"
 #include "load.cuh"
 #include "score.cuh"
+#include "select.cuh"
 
 namespace hisa::cuda::sm90 {
 

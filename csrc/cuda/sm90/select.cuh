@@ -1,19 +1,20 @@
-// The warpgroup that selects, with the code that the portable kernel has for it (../select.cuh).
+// The warpgroup that selects, with the code that the portable kernel has for it (../select*.cuh).
 #pragma once
 
+#include "../select_stage.cuh"
 #include "../select_warp.cuh"
 #include "bar.cuh"
 #include "shared.cuh"
 
 namespace hisa::cuda::sm90 {
 
-struct Selectors {
+struct SelectorTeam {
   __device__ static uint32_t thread() { return ptx::this_thread(); }
   __device__ static void sync() { ptx::sync_warpgroup(); }
   __device__ static Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
                                  uint32_t count, uint32_t slack = 0) {
-    return n < kFewScores ? find_bar_by_digits<Selectors>(memory, scores, n, count, slack)
-                          : find_bar_by_range<Selectors>(memory, scores, n, count);
+    return n < kFewScores ? find_bar_by_digits<SelectorTeam>(memory, scores, n, count, slack)
+                          : find_bar_by_range<SelectorTeam>(memory, scores, n, count);
   }
   static constexpr uint32_t kFewScores = 512;
 };
@@ -23,8 +24,9 @@ class Selector {
  public:
   __device__ Selector(const Params& params, const Memory<C>& memory)
       : params_(params), memory_(memory), select_(memory.shared.select) {
-    for (uint32_t i = Selectors::thread(); i < kHistogram; i += kThreads) histogram(select_)[i] = 0;
-    Selectors::sync();
+    for (uint32_t i = SelectorTeam::thread(); i < kHistogram; i += kThreads)
+      histogram(select_)[i] = 0;
+    SelectorTeam::sync();
   }
 
   __device__ void run() {
@@ -36,7 +38,7 @@ class Selector {
       shared.group_full[group_turn.buffer].wait(group_turn.phase);
       const Group<C>& group = shared.groups[group_turn.buffer];
       for (int row = 0; row < C::kGroup; ++row)
-        if (Selectors::thread() == 0) shared.states[row] = {};
+        if (SelectorTeam::thread() == 0) shared.states[row] = {};
       for (uint32_t begin = 0; begin < group.size; begin += chunk, chunk_turn.next()) {
         shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
         if (params_.work == Work::kCoarse && group.size <= min(32U * kFew, chunk))
@@ -51,7 +53,7 @@ class Selector {
 #pragma unroll 1
       for (int row = 0; row < C::kGroup; ++row)
         if (group.m + row < params_.rows.queries.rows) finish(group.rows[row], group.m + row);
-      Selectors::sync();
+      SelectorTeam::sync();
       arrive(shared.group_empty[group_turn.buffer]);
     }
   }
@@ -87,7 +89,7 @@ class Selector {
     const bool last = begin + chunk >= size;
     if (from >= end && !last) return;
     RowState& state = memory_.shared.states[number];
-    if (Selectors::thread() == 0) {
+    if (SelectorTeam::thread() == 0) {
       // The chunk is elsewhere: see Region::buffer_scores().
       select_.region = {
           .scores = memory_.buffers + number * 2 * params_.rows.capacity - chunk - kBehind,
@@ -98,25 +100,25 @@ class Selector {
       select_.buffered = state.buffered;
       select_.bar = state.bar;
     }
-    Selectors::sync();
+    SelectorTeam::sync();
     if (size <= chunk) {
-      write_best_of<Selectors>(select_, scores);
+      write_best_of<SelectorTeam>(select_, scores);
     } else {
-      if (from < end) add_to_buffer<Selectors>(select_, scores, end - from, from);
-      if (Selectors::thread() == 0) state = {select_.buffered, select_.bar};
-      if (last) write_best_of_buffer<Selectors>(select_);
+      if (from < end) add_to_buffer<SelectorTeam>(select_, scores, end - from, from);
+      if (SelectorTeam::thread() == 0) state = {select_.buffered, select_.bar};
+      if (last) write_best_of_buffer<SelectorTeam>(select_);
     }
-    Selectors::sync();
+    SelectorTeam::sync();
   }
 
   __device__ void finish(const GroupRow& row, int64_t m) const {
     const RowsParams& rows = params_.rows;
     if (params_.work != Work::kCoarse) {
-      finish_row<Selectors>(rows.output, m, row.stage, row.scored);
+      finish_row<SelectorTeam>(rows.output, m, row.stage, row.scored);
       return;
     }
     int32_t* blocks = params_.kept + m * rows.kept;
-    for (uint32_t i = Selectors::thread(); i < row.kept; i += kThreads) {
+    for (uint32_t i = SelectorTeam::thread(); i < row.kept; i += kThreads) {
       if (!row.pruned || i == 0)
         blocks[i] = row.first + static_cast<int32_t>(i << rows.block_shift);
       if (row.pruned && i == row.kept - 1) blocks[i] = row.last;
