@@ -96,11 +96,12 @@ class Family:
         return result
 
 
+CPU = Family("cpu-baseline", isa="baseline")
 CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=DOT_ROUNDOFF["cuda"])
 REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
 
 FAMILIES = (
-    Family("cpu-baseline", isa="baseline"),
+    CPU,
     Family("cpu-avx2", isa="avx2"),
     Family("cpu-avx512", isa="avx512"),
     CUDA,

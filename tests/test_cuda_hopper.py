@@ -18,7 +18,7 @@ from tests import oracle
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.families import CUDA, hopper
+from tests.families import CPU, CUDA, hopper
 from tests.numeric import short_name
 
 pytestmark = [
@@ -66,6 +66,24 @@ def test_hierarchical_in_every_layout(dtype: torch.dtype, block_topk: int, topk:
     case = exact_case(4, dtype=dtype, M=3, N=20000, H=16, D=64, B=8, topk=topk, cu_seqlens_k=None,
                       block_topk=block_topk, ke=int32([20000, 19999, 17001]))  # fmt: skip
     assert_same(CUDA.index(case), oracle.index(case))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
+    """More rows than multiprocessors, so two are scored together: with all, some, no common blocks.
+
+    Rows of one pair are in different segments, begin and end elsewhere, or have nothing to score.
+    """
+    rows, keys = 301, 23 * size + 5
+    ks = [0 if i % 7 else (31 * i) % (9 * size) for i in range(rows)]
+    ke = [keys - (13 * i) % (11 * size) if i % 5 else 3 * i for i in range(rows)]
+    for seed, segments in enumerate([None, int32([0, 9 * size + 3, 9 * size + 3, keys])]):
+        case = exact_case(seed, dtype=torch.float8_e4m3fn, M=rows, N=keys, H=heads, D=depth, B=size,
+                          block_topk=5, topk=3 * size + 1, cu_seqlens_k=segments,
+                          ks=int32(ks), ke=int32(ke))  # fmt: skip
+        assert_same(CUDA.index(case), CPU.index(case))  # the oracle would take minutes
 
 
 @pytest.mark.parametrize("blocks", [400, 900, 3000])

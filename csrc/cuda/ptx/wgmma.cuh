@@ -14,13 +14,11 @@ namespace hisa::cuda::ptx {
 // swizzled over kPitch bytes. The first row is a multiple of 8 rows away from an address that is a
 // multiple of 1024. Steps of 32 bytes along a row add 2.
 template <int kPitch>
-__device__ __forceinline__ uint64_t describe(const void* rows) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+__device__ __forceinline__ uint64_t describe(uint32_t address) {
   static_assert(kPitch == 128 || kPitch == 64, "the swizzles in use");
   constexpr uint64_t kSwizzle = kPitch == 128 ? 1 : 2;
   constexpr uint64_t kEightRows = 8 * kPitch / 16;
-  return static_cast<uint64_t>(address / 16 & 0x3fffU) | uint64_t{1} << 16 | kEightRows << 32 |
-         kSwizzle << 62;
+  return (address / 16 + (1U << 16)) | kEightRows << 32 | kSwizzle << 62;
 }
 
 // Between the last use of d, or a wait, and the next product.

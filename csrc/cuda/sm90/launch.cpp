@@ -30,11 +30,11 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
   const Needs needs = find_needs(shape, work);
   const int heads = static_cast<int>(shape.heads);
 
-  plan.boxes = make_boxes(work == Work::kRefine ? shape.block_size : 0);
-  const int groups = work == Work::kFlat ? 2 : work == Work::kRefine ? 3 : kMaxGroups;
+  plan.boxes = make_boxes(is_refine(work) ? shape.block_size : 0, tile_size(work));
+  const int groups = work == Work::kCoarse ? kMaxGroups : work == Work::kRefine ? 3 : 2;
 
   const auto bytes = [&](int at_hand, int stages, int64_t chunk, int64_t capacity) {
-    return make_layout(needs.fixed, plan.group, heads, row_bytes, at_hand, stages, plan.boxes.tile,
+    return make_layout(needs.fixed, plan.group, heads, row_bytes, at_hand, stages, plan.boxes,
                        chunk, capacity)
         .total;
   };
@@ -59,7 +59,7 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
            fits(2, least, chunk, std::min(round_up(2 * count + chunk, 4), most));
   };
   const auto choose = [&] {
-    const int64_t whole = round_up(candidates, kTile);
+    const int64_t whole = round_up(candidates, tile_size(work));
     const int enough = std::max(kEnoughStages, needs.stages);
     if (fits(groups, enough, whole, 0) || fits(2, enough, whole, 0) ||
         fits(2, needs.stages, whole, 0))
@@ -80,6 +80,19 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
     plan.workspace = plan.grid * buffers;
   }
   return plan;
+}
+
+// By pairs of rows, if there is room for all scores of both, and there are enough pairs to go
+// round.
+Plan make_refine_plan(const Shape& shape, const DeviceLimits& limits, int64_t tokens) {
+  const int64_t count = std::min(shape.topk, tokens);
+  if (has_pairs(static_cast<int>(shape.heads), static_cast<int>(shape.dim), shape.type) &&
+      shape.block_size >= tile_size(Work::kRefinePairs) && shape.block_topk <= kPairBlocks &&
+      tokens <= kPairTiles * tile_size(Work::kRefinePairs) && shape.rows > limits.multiprocessors) {
+    const Plan plan = make_plan(shape, limits, Work::kRefinePairs, tokens, count);
+    if (plan.chunk >= tokens) return plan;
+  }
+  return make_plan(shape, limits, Work::kRefine, tokens, count);
 }
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -164,10 +177,13 @@ cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept
           params.keys, type, keys.data,
           {{keys.dim, element, panel}, {keys.count, keys.stride * element, plan.boxes.keys}}))
     return error;
-  if (keys.scale != nullptr)
-    if (const cudaError_t error = make_map(params.scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                                           keys.scale, {{keys.count, 4, plan.boxes.scales}}))
+  if (keys.scale != nullptr) {
+    params.scale_offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(keys.scale) / 4 % 4);
+    if (const cudaError_t error = make_map(
+            params.scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, keys.scale - params.scale_offset,
+            {{keys.count + params.scale_offset, 4, plan.boxes.scales}}))
       return error;
+  }
   params.scored = keys;
   return keys.type == ElementType::kFloat8E4M3
              ? launch_kernel<ElementType::kFloat8E4M3>(params, plan, stream)
@@ -200,7 +216,7 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   geometry.kept = shape.block_topk;
   const int64_t tokens = geometry.kept * shape.block_size;
   geometry.coarse = make_plan(shape, limits, Work::kCoarse, shape.slots(), geometry.kept);
-  geometry.tokens = make_plan(shape, limits, Work::kRefine, tokens, std::min(shape.topk, tokens));
+  geometry.tokens = make_refine_plan(shape, limits, tokens);
   geometry.lists = round_up(shape.rows * geometry.kept * 4, 16);
   geometry.workspace =
       geometry.lists + std::max(geometry.coarse.workspace, geometry.tokens.workspace);

@@ -7,12 +7,19 @@
 
 namespace hisa::cuda::sm90 {
 
-enum class Work { kCoarse, kRefine, kFlat };
+// Refine: for each row by itself, or for two rows at a time, whose common blocks are scored
+// together.
+enum class Work { kCoarse, kRefine, kRefinePairs, kFlat };
+constexpr bool is_refine(Work work) { return work == Work::kRefine || work == Work::kRefinePairs; }
 
-inline constexpr int kTile = 128;        // keys that are copied and multiplied at a time
+// Keys that are copied at a time. A pair of rows leaves little room for them.
+constexpr int tile_size(Work work) { return work == Work::kRefinePairs ? 64 : 128; }
+
 inline constexpr int kMaxStages = 8;     // tiles in shared memory
 inline constexpr int kMaxGroups = 4;     // at hand
 inline constexpr int kChunks = 2;        // of scores
+inline constexpr int kPairBlocks = 64;   // of each row of a pair, at most
+inline constexpr int kPairTiles = 128;   // likewise
 
 // The kernels that are compiled, for fp8 and bf16: the one list that dispatch, plans and tests
 // read. Rows of a group are scored together, against the same keys.
@@ -23,8 +30,13 @@ struct Variant {
 inline constexpr Variant kVariants[] = {
     {16, 64}, {32, 64}, {64, 64}, {128, 64}, {16, 128}, {32, 128}, {64, 128}, {128, 128},
 };
+// Whether there is a kernel for pairs of rows.
+constexpr bool has_pairs(int heads, int dim, ElementType type) {
+  return heads <= 64 && dim * element_size(type) <= 128;
+}
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {
+  if (work == Work::kRefinePairs) return 2;
   const int columns = dim * element_size(type) > 128 ? 64 : heads == 64 ? 128 : 64;
   return work == Work::kRefine || heads > columns ? 1 : columns / heads;
 }
@@ -40,12 +52,12 @@ struct Boxes {
   uint32_t tile;      // floats of a tile's
   uint32_t half;      // from a key's scale to that of the 64th key behind it
 };
-constexpr Boxes make_boxes(int64_t block_size) {  // 0: adjacent keys
-  const auto keys =
-      static_cast<uint32_t>(block_size == 0 || block_size > kTile ? kTile : block_size);
+constexpr Boxes make_boxes(int64_t block_size, int tile_keys) {  // 0: adjacent keys
+  const auto all = static_cast<uint32_t>(tile_keys);
+  const auto keys = block_size == 0 || block_size > all ? all : static_cast<uint32_t>(block_size);
   const uint32_t pitch = (keys + 4 + 31) / 32 * 32;
-  return {keys,  kTile / keys,         keys + 4,
-          pitch, kTile / keys * pitch, keys > 64 ? 64 : 64 / keys * pitch};
+  return {keys,  all / keys,         keys + 4,
+          pitch, all / keys * pitch, keys > 64 ? 64 : 64 / keys * pitch};
 }
 
 struct Params {
@@ -53,8 +65,9 @@ struct Params {
   RowsParams rows;  // chunk: of a row's scores; workspace: [grid, group, 2, capacity] or null
   CUtensorMap queries;  // [rows, heads, dim], in boxes of a group
   CUtensorMap keys;     // [count, dim], in boxes of boxes.keys
-  CUtensorMap scale;    // [count], in boxes of boxes.scales
+  CUtensorMap scale;    // [scale_offset + count], in boxes of boxes.scales
   int32_t* kept;        // [rows, rows.kept] first tokens of the blocks kept; null for flat
+  uint32_t scale_offset;  // floats in front of the first scale, which may not be aligned
   Work work;
   int stages;
   uint32_t groups;  // at hand
@@ -67,12 +80,11 @@ struct Layout {
 };
 HISA_HOST_DEVICE constexpr Layout make_layout(int64_t fixed, int group, int heads,
                                               int64_t row_bytes, int64_t groups, int stages,
-                                              int64_t tile_scales, int64_t chunk,
-                                              int64_t capacity) {
+                                              const Boxes& boxes, int64_t chunk, int64_t capacity) {
   const int64_t queries = (fixed + 1023) / 1024 * 1024;
   const int64_t keys = queries + groups * ((group * heads * row_bytes + 1023) / 1024 * 1024);
-  const int64_t scale = keys + stages * kTile * row_bytes;
-  const int64_t chunks = scale + stages * tile_scales * 4;
+  const int64_t scale = keys + stages * int64_t{boxes.keys * boxes.number} * row_bytes;
+  const int64_t chunks = scale + stages * int64_t{boxes.tile} * 4;
   const int64_t buffers = chunks + kChunks * group * chunk * 4;
   return {queries, keys, scale, chunks, buffers, buffers + group * 2 * capacity * 4};
 }

@@ -67,10 +67,14 @@ template <ElementType kType, class Use>
 auto with_config(int64_t heads, int64_t dim, Work work, Use use) {
   decltype(use(Config<kType, 64, 128, 1>{})) result{};
   const auto of_work = [&]<int kHeads, int kDim>() {
-    if (work == Work::kRefine)
-      result = use(Config<kType, kHeads, kDim, group_size(kHeads, kDim, kType, Work::kRefine)>{});
-    else
+    if (work == Work::kRefinePairs) {
+      if constexpr (has_pairs(kHeads, kDim, kType))
+        result = use(Config<kType, kHeads, kDim, 2, true>{});
+    } else if (work == Work::kRefine) {
+      result = use(Config<kType, kHeads, kDim, 1>{});
+    } else {
       result = use(Config<kType, kHeads, kDim, group_size(kHeads, kDim, kType, Work::kFlat)>{});
+    }
   };
   [&]<size_t... i>(std::index_sequence<i...>) {
     ((kVariants[i].heads == heads && kVariants[i].dim == dim

@@ -2,7 +2,7 @@
 //   score(n) = scale[n] * sum_h weights[h] * relu(dot(q[h], k[n]))
 //
 // Keys are the rows of a product, the heads of a group's rows its columns. So the sum over heads is
-// inside a thread, but for four lanes. A tile is two products of 64 keys each.
+// inside a thread, but for four lanes. A product is one of 64 keys; a tile is one, or two.
 //
 // Order of the sum over heads, fixed: with c = lane % 4, a lane adds heads 2c, 2c + 8, 2c + 16, ..
 // one fused multiply-add after another, and likewise 2c + 1, 2c + 9, ..; then both; then lanes
@@ -16,8 +16,8 @@
 
 namespace hisa::cuda::sm90 {
 
-template <class C>
-__device__ __forceinline__ void multiply_step(float (&d)[C::kColumns / 2], uint64_t a, uint64_t b,
+template <class C, int kCount>
+__device__ __forceinline__ void multiply_step(float (&d)[kCount], uint64_t a, uint64_t b,
                                               bool add) {
   if constexpr (C::kType == ElementType::kFloat8E4M3)
     ptx::wgmma_e4m3(d, a, b, add);
@@ -25,15 +25,15 @@ __device__ __forceinline__ void multiply_step(float (&d)[C::kColumns / 2], uint6
     ptx::wgmma_bf16(d, a, b, add);
 }
 
-// Begin the dot products of 64 keys with all columns.
-template <class C>
-__device__ __forceinline__ void multiply(float (&d)[C::kColumns / 2], const char* keys,
-                                         const char* queries) {
+// Begin the dot products of 64 keys with as many columns as there is room for in d. Keys and
+// queries are addresses in shared memory.
+template <class C, int kCount>
+__device__ __forceinline__ void multiply(float (&d)[kCount], uint32_t keys, uint32_t queries) {
   ptx::pin(d);
   ptx::fence_products();
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    const uint64_t a = ptx::describe<C::kPitch>(keys + panel * kTile * C::kPitch);
+    const uint64_t a = ptx::describe<C::kPitch>(keys + panel * C::kTile * C::kPitch);
     const uint64_t b = ptx::describe<C::kPitch>(queries + panel * C::kColumns * C::kPitch);
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step)
@@ -59,14 +59,30 @@ __device__ __forceinline__ void fold(float* values) {
   }
 }
 
+// Where kRows rows are scored together, a warp has two sums of each, of keys g and g + 8 (g as
+// above, lane / 4). A lane stores kOwn of them.
+template <int kRows>
+struct Own {
+  static constexpr int kSums = 2 * kRows;
+  static constexpr int kOwn = kSums > 4 ? kSums / 4 : 1;
+
+  uint32_t out[kOwn];  // where the score goes, for a product whose first key is at position 0
+  int32_t least[kOwn];  // that position, where the score is wanted
+  uint32_t scale[kOwn];  // where the key's scale is in a tile
+
+  __device__ static int number(int i) {
+    const int c = static_cast<int>(threadIdx.x % 4);
+    return kSums == 2 ? c / 2 : c * kOwn + i;
+  }
+  __device__ static int row(int i) { return number(i) / 2; }
+  __device__ static int key(int i) {  // of the product's 64
+    return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) + number(i) % 2 * 8;
+  }
+  __device__ static bool stores() { return kSums > 2 || threadIdx.x % 2 == 0; }
+};
+
 template <class C>
 class Scorer {
-  static constexpr int kPairs = C::kColumns / 8;  // of columns that a lane has of a key
-  static constexpr int kRowPairs = C::kHeads / 8;
-  static constexpr int kValues = 2 * C::kGroup;  // sums: of each row, for keys g and g + 8
-  static constexpr int kRun = C::kRun;
-  static constexpr int kOwn = kValues > 4 ? kValues / 4 : 1;  // of them that a lane stores
-
  public:
   __device__ Scorer(const Params& params, const Memory<C>& memory)
       : params_(params),
@@ -74,44 +90,22 @@ class Scorer {
         // The same in all lanes, and the compiler knows.
         scorer_(__shfl_sync(~0U, threadIdx.x / 128, 0) - 2),
         tile_(scorer_),
-        stage_(scorer_) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) scale_[i] = find_scale(own_key(i));
-  }
+        stage_(scorer_),
+        keys_(ptx::shared_address(memory.keys)) {}
 
   __device__ void run() {
     Shared<C>& shared = memory_.shared;
-    const uint32_t chunk_tiles = static_cast<uint32_t>(params_.rows.chunk) / kTile;
-    uint32_t group_tile = 0;  // the group's first, of all tiles of this block of threads
     Turn group_turn{params_.groups};
-    Turn chunk_turn{kChunks};
     for (int64_t g = last_group<C>(params_); g >= 0; g -= gridDim.x, group_turn.next()) {
       shared.group_full[group_turn.buffer].wait(group_turn.phase);
       const Group<C>& group = shared.groups[group_turn.buffer];
-      const uint32_t tiles = (__shfl_sync(~0U, group.size, 0) + kTile - 1) / kTile;
-      queries_ = memory_.queries + group_turn.buffer * Memory<C>::kQueryBytes;
-      scale_shift_ = group.scale_shift;
-      const int c = static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const auto pair = reinterpret_cast<const float2*>(group.weights)[4 * i + c];
-        weights_[2 * i] = pair.x;
-        weights_[2 * i + 1] = pair.y;
-      }
-      for (uint32_t begin = 0; begin < tiles; begin += chunk_tiles, chunk_turn.next()) {
-        shared.chunk_empty[chunk_turn.buffer].wait(chunk_turn.phase ^ 1U);
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          const int row = own_value(i) / 2;
-          const uint32_t skipped = max(group.rows[row].shift, begin * kTile);
-          before_[i] = static_cast<int32_t>(group_tile * kTile + skipped) - own_key(i);
-          out_[i] = ptx::shared_address(memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk));
-        }
-        const uint32_t end = group_tile + min(begin + chunk_tiles, tiles);
-        score_tiles(end);
-        arrive(shared.chunk_full[chunk_turn.buffer]);
-      }
-      group_tile += tiles;
+      const uint32_t tiles = __shfl_sync(~0U, group.tiles, 0);
+      queries_ = ptx::shared_address(memory_.queries) + group_turn.buffer * Memory<C>::kQueryBytes;
+      if constexpr (C::kPairs)
+        score_pair(group, tiles);
+      else
+        score_chunks(group, tiles);
+      group_tile_ += tiles;
       arrive(shared.group_empty[group_turn.buffer]);
     }
   }
@@ -122,21 +116,72 @@ class Scorer {
     if (threadIdx.x % 32 == 0) barrier.arrive();
   }
 
-  // Which of the warp's kValues sums the lane stores: of row own_value / 2, key half own_value % 2.
-  __device__ static int own_value(int i) {
+  // Rows that are scored against the same keys, chunk by chunk.
+  __device__ __forceinline__ void score_chunks(const Group<C>& group, uint32_t tiles) {
+    constexpr int kRows = C::kGroup;
+    const uint32_t chunk_tiles = static_cast<uint32_t>(params_.rows.chunk) / C::kTile;
+    load_weights<kRows>(group, 0);
+    for (uint32_t begin = 0; begin < tiles; begin += chunk_tiles, chunk_turn_.next()) {
+      memory_.shared.chunk_empty[chunk_turn_.buffer].wait(chunk_turn_.phase ^ 1U);
+      Own<kRows> own;
+#pragma unroll
+      for (int i = 0; i < Own<kRows>::kOwn; ++i) {
+        const int row = own.row(i);
+        set_own(own, i, row, max(group.rows[row].shift, begin * C::kTile), group.scale_shift);
+      }
+      score_tiles(own, queries_, min(begin + chunk_tiles, tiles),
+                  [&](uint32_t tile) { return tile * C::kTile; });
+      arrive(memory_.shared.chunk_full[chunk_turn_.buffer]);
+    }
+  }
+
+  // Two rows: the tiles that they have in common, then those of each.
+  __device__ __forceinline__ void score_pair(const Group<C>& group, uint32_t tiles) {
+    if (tiles == 0) return;
+    memory_.shared.chunk_empty[chunk_turn_.buffer].wait(chunk_turn_.phase ^ 1U);
+    score_kind<2>(group, 0, 0);
+#pragma unroll 1
+    for (int row = 0; row < 2; ++row) score_kind<1>(group, row, row + 1);
+    arrive(memory_.shared.chunk_full[chunk_turn_.buffer]);
+    chunk_turn_.next();
+  }
+
+  // Tiles of one kind, for kRows of the pair's rows from `first` on.
+  template <int kRows>
+  __device__ __forceinline__ void score_kind(const Group<C>& group, int first, int kind) {
+    const Pair& pair = group.pair;
+    const uint32_t end = __shfl_sync(~0U, pair.ends[kind], 0);
+    if (static_cast<int32_t>(tile_ - group_tile_ - end) >= 0) return;
+    load_weights<kRows>(group, first);
+    Own<kRows> own;
+    const int row = first + own.row(0);
+    set_own(own, 0, row, group.rows[row].shift, pair.scale_shift[first]);
+    score_tiles(own, queries_ + first * C::kHeads * C::kPitch, end,
+                [&](uint32_t tile) { return uint32_t{pair.tiles[tile].position[row]}; });
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void load_weights(const Group<C>& group, int first) {
     const int c = static_cast<int>(threadIdx.x % 4);
-    return kValues == 2 ? c / 2 : c * kOwn + i;
+    const auto* pairs = reinterpret_cast<const float2*>(group.weights + first * C::kHeads);
+#pragma unroll
+    for (int i = 0; i < kRows * kRowPairs; ++i) {
+      const float2 pair = pairs[4 * i + c];
+      weights_[2 * i] = pair.x;
+      weights_[2 * i + 1] = pair.y;
+    }
   }
 
-  // Where a key's scale is in a tile.
-  __device__ uint32_t find_scale(uint32_t key) const {
-    return key / params_.boxes.keys * params_.boxes.pitch + key % params_.boxes.keys;
-  }
-
-  // That sum's key, of 64.
-  __device__ static int own_key(int i) {
-    return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) +
-           own_value(i) % 2 * 8;
+  // Of a row whose scores from position `skipped` on are wanted.
+  template <int kRows>
+  __device__ __forceinline__ void set_own(Own<kRows>& own, int i, int row, uint32_t skipped,
+                                          uint32_t scale_shift) const {
+    const Boxes& boxes = params_.boxes;
+    const auto key = static_cast<uint32_t>(own.key(i));
+    own.least[i] = static_cast<int32_t>(skipped - key);
+    own.out[i] = ptx::shared_address(memory_.chunk(chunk_turn_.buffer, row, params_.rows.chunk)) -
+                 static_cast<uint32_t>(own.least[i]) * 4;
+    own.scale[i] = scale_shift + key / boxes.keys * boxes.pitch + key % boxes.keys;
   }
 
   __device__ void next() {
@@ -148,72 +193,77 @@ class Scorer {
     }
   }
 
-  // The chunk's tiles before `end`, kRun at a time. While half of a tile is added up, the next half
-  // is multiplied.
-  __device__ __forceinline__ void score_tiles(uint32_t end) {
-    while (static_cast<int32_t>(tile_ - end) < 0) score_run(end);
+  // The group's tiles before `end`, of which `position` tells that of the first key.
+  template <int kRows, class Position>
+  __device__ __forceinline__ void score_tiles(const Own<kRows>& own, uint32_t queries, uint32_t end,
+                                              Position position) {
+    const auto left = [&] { return static_cast<int32_t>(group_tile_ + end - tile_); };
+    while (left() > (C::kRun - 1) * C::kScorers) score_run<C::kRun>(own, queries, position);
+    if constexpr (C::kRun > 1)
+      while (left() > 0) score_run<1>(own, queries, position);
   }
 
-  __device__ __forceinline__ void score_run(uint32_t end) {
+  // kTiles tiles. While one product is added up, the next one is under way.
+  template <int kTiles, int kRows, class Position>
+  __device__ __forceinline__ void score_run(const Own<kRows>& own, uint32_t queries,
+                                            Position position) {
+    constexpr int kOwn = Own<kRows>::kOwn;
+    constexpr int kProducts = kTiles * C::kParts;
     Shared<C>& shared = memory_.shared;
-    float dots[2][C::kColumns / 2];
+    float dots[2][kRows * C::kHeads / 2];
+    const uint32_t first = tile_ - group_tile_;
     shared.tile_full[stage_].wait(phase_);
-    multiply<C>(dots[0], half(stage_, 0), queries_);
+    multiply<C>(dots[0], part(stage_, 0), queries);
 #pragma unroll
-    for (int run = 0; run < kRun; ++run) {
+    for (int i = 0; i < kProducts; ++i) {
+      const int tile = i / C::kParts;
+      const int number = i % C::kParts;
       const uint32_t stage = stage_;
-      const uint32_t tile = tile_;
-      multiply<C>(dots[1], half(stage, 1), queries_);
-      float scale[2][kOwn];
+      const auto key = static_cast<int32_t>(position(first + tile * C::kScorers) + number * 64);
+      float scale[kOwn];
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-          scale[k][i] = memory_.scale[stage * params_.boxes.tile + k * params_.boxes.half +
-                                      scale_shift_ + scale_[i]];
-      ptx::wait_for_products<1>();
-      add_up(dots[0], scale[0], tile * kTile);
-      const bool more = static_cast<int32_t>(tile_ + C::kScorers - end) < 0;
-      if (run + 1 < kRun) {
-        if (more) {
-          next();
-          shared.tile_full[stage_].wait(phase_);
-        }
-        multiply<C>(dots[0], half(stage_, 0), queries_);
+      for (int k = 0; k < kOwn; ++k)
+        scale[k] =
+            memory_.scale[stage * params_.boxes.tile + number * params_.boxes.half + own.scale[k]];
+      if (number + 1 == C::kParts) next();
+      if (i + 1 < kProducts) {
+        if (number + 1 == C::kParts) shared.tile_full[stage_].wait(phase_);
+        multiply<C>(dots[(i + 1) % 2], part(stage_, (i + 1) % C::kParts), queries);
         ptx::wait_for_products<1>();
       } else {
         ptx::wait_for_products<0>();
       }
-      if (stage != stage_ || run + 1 == kRun) arrive(shared.tile_empty[stage]);
-      add_up(dots[1], scale[1], tile * kTile + 64);
+      if (number + 1 == C::kParts) arrive(shared.tile_empty[stage]);
+      add_up(dots[i % 2], scale, key, own);
     }
-    next();
   }
 
-  __device__ const char* half(uint32_t stage, int number) const {
-    return memory_.keys + stage * Memory<C>::kTileBytes + number * 64 * C::kPitch;
+  __device__ uint32_t part(uint32_t stage, int number) const {
+    return keys_ + stage * Memory<C>::kTileBytes + number * 64 * C::kPitch;
   }
 
-  // Scores of 64 keys, from their dot products: `key` is the first, of all tiles.
-  __device__ __forceinline__ void add_up(float (&dots)[C::kColumns / 2], const float (&scale)[kOwn],
-                                         uint32_t key) const {
+  // Scores of 64 keys, from their dot products; the first key's position.
+  template <int kRows>
+  __device__ __forceinline__ void add_up(float (&dots)[kRows * C::kHeads / 2],
+                                         const float (&scale)[Own<kRows>::kOwn], int32_t position,
+                                         const Own<kRows>& own) const {
+    constexpr int kSums = Own<kRows>::kSums;
     ptx::pin(dots);
-    float sums[kValues];
-    weigh(dots, sums);
-    fold<kValues, 2>(sums);
-    fold<(kValues + 1) / 2, 1>(sums);
+    float sums[kSums];
+    weigh<kRows>(dots, sums);
+    fold<kSums, 2>(sums);
+    fold<(kSums + 1) / 2, 1>(sums);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int32_t at = static_cast<int32_t>(key) - before_[i];
-      const bool mine = kValues > 2 || threadIdx.x % 2 == 0;
-      ptx::store_if(mine && at >= 0, out_[i] + static_cast<uint32_t>(at) * 4, sums[i] * scale[i]);
-    }
+    for (int i = 0; i < Own<kRows>::kOwn; ++i)
+      ptx::store_if(own.stores() && position >= own.least[i],
+                    own.out[i] + static_cast<uint32_t>(position) * 4, sums[i] * scale[i]);
   }
 
-  __device__ __forceinline__ void weigh(const float (&dots)[C::kColumns / 2],
-                                        float (&sums)[kValues]) const {
+  template <int kRows>
+  __device__ __forceinline__ void weigh(const float (&dots)[kRows * C::kHeads / 2],
+                                        float (&sums)[2 * kRows]) const {
 #pragma unroll
-    for (int row = 0; row < C::kGroup; ++row) {
+    for (int row = 0; row < kRows; ++row) {
       float even[2] = {};
       float odd[2] = {};
 #pragma unroll
@@ -228,18 +278,19 @@ class Scorer {
     }
   }
 
+  static constexpr int kRowPairs = C::kHeads / 8;  // of a row's columns that a lane has of a key
+
   const Params& params_;
   const Memory<C>& memory_;
   const uint32_t scorer_;
-  uint32_t tile_;  // the next one to score
+  uint32_t tile_;  // the next one to score, of all tiles of this block of threads
   uint32_t stage_;
   uint32_t phase_ = 0;
-  const char* queries_;  // in shared memory
-  float weights_[2 * kPairs];
-  uint32_t scale_shift_;  // of the group
-  uint32_t scale_[kOwn];  // where the scales of the lane's own keys are in a tile
-  uint32_t out_[kOwn];  // where this chunk's scores go
-  int32_t before_[kOwn];  // what a tile's number of keys becomes an index of out_[i] by
+  uint32_t group_tile_ = 0;  // the group's first
+  Turn chunk_turn_{kChunks};
+  const uint32_t keys_;  // all stages, in shared memory
+  uint32_t queries_;  // of the group
+  float weights_[C::kColumns / 4];
 };
 
 }  // namespace hisa::cuda::sm90

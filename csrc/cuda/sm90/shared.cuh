@@ -10,6 +10,7 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 
 #include "../memory.cuh"
 #include "../ptx/mbarrier.cuh"
@@ -17,11 +18,13 @@
 
 namespace hisa::cuda::sm90 {
 
-template <ElementType kType_, int kHeads_, int kDim, int kGroup_>
+template <ElementType kType_, int kHeads_, int kDim, int kGroup_, bool kPairs_ = false>
 struct Config {
   static constexpr ElementType kType = kType_;
   static constexpr int kHeads = kHeads_;
   static constexpr int kGroup = kGroup_;
+  static constexpr bool kPairs = kPairs_;  // of rows, with blocks of their own
+  static constexpr int kTile = tile_size(kPairs ? Work::kRefinePairs : Work::kFlat);
   static constexpr int kColumns = kHeads * kGroup;  // of a product
   static constexpr int kElement = static_cast<int>(element_size(kType));
   static constexpr int kRowBytes = kDim * kElement;  // of a key
@@ -35,13 +38,16 @@ struct Config {
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kCopiers = 2;  // warps, of the warpgroup that loads
   static constexpr int kLoaders = 2;
-  // Tiles that a scorer goes through without a stop; one, where there are too few registers.
-  static constexpr int kRun = kColumns > 64 && kPanels > 1 ? 1 : 2;
+  // Products of a tile, of 64 keys each; tiles of a run, which a scorer goes through without a
+  // stop. Fewer, where there are few registers.
+  static constexpr int kParts = kTile / 64;
+  static constexpr int kRun = (kColumns > 64 && kPanels > 1 ? 2 : 4) / kParts;
   // NOTE: a barrier tells only whether a phase is the one at hand or the one before. So each stage
   // has one copier and one scorer, who know by themselves that its last phase is over.
   static constexpr int kStageStep = std::lcm(kCopiers, kScorers);
   // In a run, a scorer holds on to a tile until its next one is there.
   static constexpr int kHeld = kRun > 1 ? kScorers + 1 : kScorers;
+  static constexpr int kGroups = kPairs ? 2 : kMaxGroups;  // at hand, at most
   static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
   static_assert(kLeastStages <= kMaxStages);
   static constexpr bool kWide = kColumns > 64;
@@ -62,15 +68,30 @@ struct GroupRow {
   int32_t first, last;  // their first tokens
 };
 
+// What two rows have to score, tile by tile: first what they have in common, then what only the
+// first one has, then what only the second one has.
+struct Pair {
+  struct Tile {
+    int32_t first;         // token
+    uint16_t position[2];  // of that token, among each row's, from the start of its first block on
+  };
+  uint32_t ends[3];  // tiles up to the end of each kind
+  uint32_t scale_shift[2];  // see Group
+  Tile tiles[2 * kPairTiles];
+};
+struct NoPair {};
+
 template <class C>
 struct Group {
-  int64_t m;              // first row
-  uint32_t size;          // keys, see Params::work
-  uint32_t base;          // first key, where they are adjacent
+  int64_t m;  // first row
+  uint32_t size;  // keys, see Params::work; of a pair, of the row that has more
+  uint32_t tiles;  // to score
+  uint32_t base;  // first key, where they are adjacent
   const int32_t* blocks;  // of the row, where they are not
-  uint32_t scale_shift;   // scales in front of a box that are not the box's
+  uint32_t scale_shift;  // scales in front of a box that are not the box's
   alignas(16) float weights[C::kColumns];
   GroupRow rows[C::kGroup];
+  std::conditional_t<C::kPairs, Pair, NoPair> pair;
 };
 
 // What the selector remembers of a row from chunk to chunk.
@@ -83,15 +104,15 @@ template <class C>
 struct Shared {
   SharedMemory select;
   alignas(16) uint32_t histogram[kHistogram];  // where histogram(select) looks
-  Group<C> groups[kMaxGroups];
+  Group<C> groups[C::kGroups];
   RowState states[C::kGroup];
-  ptx::Barrier group_full[kMaxGroups], group_empty[kMaxGroups];
+  ptx::Barrier group_full[C::kGroups], group_empty[C::kGroups];
   ptx::Barrier chunk_full[kChunks], chunk_empty[kChunks];
   ptx::Barrier tile_full[kMaxStages], tile_empty[kMaxStages];
 
   __device__ void init_barriers() {
     constexpr int kScorerWarps = 4 * C::kScorers;
-    for (int i = 0; i < kMaxGroups; ++i) {
+    for (int i = 0; i < C::kGroups; ++i) {
       group_full[i].init(1);
       group_empty[i].init(kScorerWarps + 4 + C::kCopiers);
     }
@@ -112,20 +133,20 @@ template <class C>
 struct Memory {
   Shared<C>& shared;
   char* queries;  // [groups] of kQueryBytes
-  char* keys;     // [stages] of kTileBytes
-  float* scale;   // [stages, boxes.tile]
+  char* keys;  // [stages] of kTileBytes
+  float* scale;  // [stages, boxes.tile]
   float* chunks;  // [kChunks, kGroup, chunk]
   float* buffers;  // [kGroup, 2, capacity]
 
   static constexpr int kQueryBytes = (C::kColumns * C::kRowBytes + 1023) / 1024 * 1024;
-  static constexpr int kTileBytes = kTile * C::kRowBytes;
+  static constexpr int kTileBytes = C::kTile * C::kRowBytes;
 
   __device__ Memory(char* start, const Params& params)
       : shared(*reinterpret_cast<Shared<C>*>(start)) {
     static_assert(offsetof(Shared<C>, histogram) == kSharedBytes);
     const RowsParams& rows = params.rows;
     const Layout at = make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes,
-                                  params.groups, params.stages, params.boxes.tile, rows.chunk,
+                                  params.groups, params.stages, params.boxes, rows.chunk,
                                   rows.workspace == nullptr ? rows.capacity : 0);
     queries = start + at.queries;
     keys = start + at.keys;

@@ -28,8 +28,8 @@ inline Products& products() {
 }
 
 template <int kPitch>
-uint64_t describe(const void* rows) {
-  return shared_address(rows) / 16 | uint64_t{kPitch} << 32;
+uint64_t describe(uint32_t address) {
+  return address / 16 | uint64_t{kPitch} << 32;
 }
 
 inline float decode(const char* at, int i, bool fp8) {
