@@ -9,10 +9,13 @@ a reader of fp32, and NaN or garbage to one of 16 or 8 bits.
 
     python -m tests.guard_cuda after fp8              a digest of the results of each call
     python -m tests.guard_cuda after fp8 stray-read   or another fault: has to fail
+
+`--shapes` is the suite's.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import os
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 import hisa
+from tests import builders
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case
 from tests.families import CUDA
@@ -218,12 +222,19 @@ FAULTS: dict[str, Callable[[bool, torch.dtype], None]] = {
 
 def main() -> None:
     """Run all calls of a dtype, or one fault."""
-    after = {"after": True, "before": False}[sys.argv[1]]
-    dtype = {short_name(d): d for d in DTYPES}[sys.argv[2]]
+    dtypes = {short_name(dtype): dtype for dtype in DTYPES}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["after", "before"])
+    parser.add_argument("dtype", choices=dtypes)
+    parser.add_argument("fault", nargs="?", choices=FAULTS)
+    parser.add_argument("--shapes", default=builders.shapes, choices=builders.SHAPES)
+    options = parser.parse_args()
+    builders.shapes = options.shapes
+    after, dtype = options.side == "after", dtypes[options.dtype]
     memory = GuardedMemory(after)  # referred to until the end: torch calls into it
     memory.install()
-    if len(sys.argv) > 3:
-        FAULTS[sys.argv[3]](after, dtype)
+    if options.fault:
+        FAULTS[options.fault](after, dtype)
     else:
         for case in calls(dtype):
             print(digest(case), case.describe())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hisa
-from tests import guard_cuda, oracle
+from tests import builders, guard_cuda, oracle
 from tests.builders import exact_case, int32
 from tests.case import TENSORS, Case, same_bytes
 from tests.checker import assert_same
@@ -151,6 +151,7 @@ def test_guard_pages(family: Family, start: int, after: bool) -> None:
 
 def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `tests.guard_cuda` in a process of its own: a fault ends its CUDA context."""
+    arguments += ("--shapes", builders.shapes)
     folder = str(Path(hisa.__file__).parent.parent)  # the build that this process tests
     script = (
         f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(arguments)!r}; "
