@@ -36,13 +36,16 @@ from tests.numeric import DTYPES, short_name
 CANARY = 4096  # bytes
 SENTINEL = (-777).to_bytes(4, "little", signed=True)
 EXACT = 25  # calls of random small sizes
-# heads, head dimension: at least one of each kernel, and what does not fill it
+# heads, head dimension: at least one of each kernel, of both families, and what does not fill it
 SHAPES = [
-    (1, 64), (16, 64), (17, 64), (64, 64), (65, 64), (8, 128), (32, 128), (33, 128), (64, 128),
-    (100, 128), (4, 16), (70, 48), (4, 80), (33, 256),
+    (1, 64), (16, 64), (17, 64), (32, 64), (64, 64), (65, 64), (128, 64), (8, 128), (16, 128),
+    (32, 128), (33, 128), (64, 128), (100, 128), (128, 128), (4, 16), (70, 48), (4, 80), (33, 256),
 ]  # fmt: skip
-# keys, topk: at once, in chunks of all sizes, in the workspace
-LAYOUTS = [(5003, 700), (30001, 2048), (40003, 9001), (60001, 25000), (70001, 65001)]
+# keys, topk, heads, head dimension: at once, in chunks of all sizes, in the workspace; for Hopper
+LAYOUTS = [
+    (5003, 700, 1, 16), (30001, 2048, 1, 16), (40003, 9001, 1, 16), (60001, 25000, 1, 16),
+    (70001, 65001, 1, 16), (9001, 600, 16, 64), (20001, 9001, 16, 64),
+]  # fmt: skip
 
 
 class Location(ctypes.Structure):
@@ -166,8 +169,8 @@ def calls(dtype: torch.dtype) -> Iterator[Case]:
         yield random_case(seed, dtype, M=4, N=n, H=heads, D=depth, topk=21, block_topk=5,
                           ks=int32([0, 13, 101, n - 1]), ke=int32([13, n, n - 1, n]),
                           cu_seqlens_k=int32([0, 13, n]))  # fmt: skip
-    for seed, (n, topk) in enumerate(LAYOUTS):
-        yield random_case(seed, dtype, M=2, N=n, H=1, D=16, topk=topk, block_size=256,
+    for seed, (n, topk, heads, depth) in enumerate(LAYOUTS):
+        yield random_case(seed, dtype, M=2, N=n, H=heads, D=depth, topk=topk, block_size=256,
                           block_topk=max(20, -(-topk // 256)), ks=int32([0, 77]))  # fmt: skip
 
 
