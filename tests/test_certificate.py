@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 import hisa
 from hisa import bounds, proof
 from hisa.windows import clamp_windows
+from tests import builders
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.numeric import DTYPES, FP8, short_name
@@ -58,8 +60,14 @@ def assert_true(case: Case, **changes: Any) -> hisa.Certificate:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_exact_calls(seed: int, device: str) -> None:
-    """Calls with ties, packed segments, ragged tails and empty windows."""
-    assert_true(exact_case(seed, budget=2e5, D=32).to(device))
+    """Ties, packed segments, ragged tails, empty windows, in sizes that a proof takes."""
+    heads, depths = builders.SHAPES[builders.shapes]
+    random = np.random.default_rng([seed, 1])
+    sizes = {
+        "H": int(random.choice([h for h in heads if h <= 127])),
+        "D": int(random.choice([d for d in depths if d <= 240])),
+    }
+    assert_true(exact_case(seed, budget=2e5, **sizes).to(device))
 
 
 def clusters(
