@@ -32,15 +32,11 @@ from tests.builders import exact_case, int32, random_case
 from tests.case import Case
 from tests.families import CUDA
 from tests.numeric import DTYPES, short_name
+from tests.test_cuda_dispatch import KERNELS
 
 CANARY = 4096  # bytes
 SENTINEL = (-777).to_bytes(4, "little", signed=True)
 EXACT = 25  # calls of random small sizes
-# heads, head dimension: at least one of each kernel, of both families, and what does not fill it
-SHAPES = [
-    (1, 64), (16, 64), (17, 64), (32, 64), (64, 64), (65, 64), (128, 64), (8, 128), (16, 128),
-    (32, 128), (33, 128), (64, 128), (100, 128), (128, 128), (4, 16), (70, 48), (4, 80), (33, 256),
-]  # fmt: skip
 # keys, topk, heads, head dimension: at once, in chunks of all sizes, in the workspace; for Hopper
 LAYOUTS = [
     (5003, 700, 1, 16), (30001, 2048, 1, 16), (40003, 9001, 1, 16), (60001, 25000, 1, 16),
@@ -164,7 +160,7 @@ def calls(dtype: torch.dtype) -> Iterator[Case]:
     """Calls of all sizes, for all kernels, in all layouts of memory."""
     for seed in range(EXACT):
         yield exact_case(seed, dtype=dtype, budget=2e5)
-    for seed, (heads, depth) in enumerate(SHAPES):
+    for seed, (heads, depth, _) in enumerate(KERNELS):
         n = 203 + seed
         yield random_case(seed, dtype, M=4, N=n, H=heads, D=depth, topk=21, block_topk=5,
                           ks=int32([0, 13, 101, n - 1]), ke=int32([13, n, n - 1, n]),

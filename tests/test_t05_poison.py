@@ -168,7 +168,7 @@ def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("side", ["after", "before"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_guarded_memory_on_cuda(dtype: torch.dtype, side: str) -> None:
-    """50 calls whose inputs, outputs and workspace all touch unmapped addresses, or a canary.
+    """52 calls whose inputs, outputs and workspace all touch unmapped addresses, or a canary.
 
     The results are those of the same calls in ordinary memory, bit for bit.
     """
