@@ -113,8 +113,9 @@ def test_more_rows_than_blocks_of_the_workspace() -> None:
     assert_same(type(got)(got.indices[some], got.scores[some]), want)
 
 
-@pytest.mark.skipif("HISA_TESTED" not in os.environ, reason="for make test-cuda-fp8")
+@pytest.mark.skipif("HISA_TESTED" not in os.environ, reason="for make test-cuda-portable")
 def test_right_build() -> None:
-    """`make test-cuda-fp8` proves nothing if the ordinary extension was imported."""
+    """That and `make test-cuda-fp8` prove nothing if the ordinary extension was imported."""
     extension = Path(str(importlib.import_module("hisa._C").__file__))
     assert Path(os.environ["HISA_TESTED"]) in extension.parents
+    assert not hisa.build_info()["hopper"]
