@@ -15,7 +15,7 @@ import hisa
 from benchmarks import deepgemm_peer, report, summary, tilelang_peer
 from benchmarks.__main__ import find_cases, parse
 from benchmarks.cases import cuda_prefill
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import causal, overlap, torch_flat
 
 EXAMPLE = """
@@ -164,6 +164,27 @@ def test_selections_are_compared_before_they_are_timed() -> None:
     results = {"hisa.flat_index": ours, "DeepGEMM + torch.topk": ours + 1}
     with pytest.raises(RuntimeError, match=r"DeepGEMM \+ torch.topk has only 97\.50%"):
         cuda_prefill.check_deepgemm(bench, 64, results)
+
+
+@pytest.mark.parametrize("kernels", ["cuda/mma-64x128", "cuda/mma-64x128, cuda/wgmma-32x128"])
+def test_goals_are_for_the_kernels_they_were_set_for(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable ones; others are named, and asked for memory alone."""
+    names = iter(kernels.split(", "))
+    monkeypatch.setattr("benchmarks.harness.kernels", lambda *_: next(names))
+    bench = Bench("cuda_prefill", quick=True)
+    bench.note_kernels(*[(64, torch.float8_e4m3fn)] * len(kernels.split(", ")))
+    assert bench.text == [f"\nkernels {kernels}"]
+    found = {
+        peer: Measurement(peer, {}, (0.01,), 2**29, None)
+        for peer in ("hisa.index", "hisa.flat_index")
+    }
+    cuda_prefill.goals(bench, found, 65536, 64)
+    units = [what.split()[0] for what, *_ in bench.goals]
+    assert units == (["MiB"] if "wgmma" in kernels else ["ms", "ms", "MiB"])
+    bench.skip("TileLang", {}, "reason")
+    assert bench.rows()[0]["kernels"] == kernels
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "skipped"])
