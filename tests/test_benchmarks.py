@@ -189,7 +189,7 @@ def test_goals_are_for_the_kernels_they_were_set_for(
 
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "skipped"])
 def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool) -> None:
-    """One row more for every prefill that it took part in."""
+    """A peer that was skipped leaves its column empty; shapes of ours alone are left out."""
     shape: report.Record = {"rows": 8, "keys": 8, "heads": 2, "peak_extra_bytes": 2**30}
     records: list[report.Record] = [
         {"peer": peer, "median_s": median, **shape}
@@ -197,10 +197,12 @@ def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool)
     ]
     for peer in ("TileLang", "DeepGEMM + torch.topk"):
         records.append({"peer": peer, "median_s": 1.5 if measured else None, **shape})
+    records.append({"peer": "hisa.index", "median_s": 1, **shape, "keys": 9})
     report.write_csv(tmp_path / "cuda_prefill.csv", records)
-    rows = summary.cuda_prefill_rows(tmp_path)
-    theirs = [row[2:4] for row in rows if "TileLang" in row[2]]
-    assert theirs == [("TileLang: 1.50 s, 1.00 GiB", "1.5x time")] * measured
-    gains = [row[3] for row in rows if "DeepGEMM" in row[2]]
-    assert gains == ["1.5x time", "0.8x time"] * measured
-    assert len(rows) == 2 + 3 * measured
+    header, times, memory = summary.prefill_rows(tmp_path)
+    theirs = ("1.50 s, 1.5x" if measured else "",) * 2
+    assert header[1:4] == ("`hisa.index`", "TileLang", "DeepGEMM + torch.topk")
+    assert times == ("8 x 8, H=2, random, portable", "1.00 s", *theirs, "3.00 s, 3.0x",
+                     "2.00 s, 2.0x", "cuda_prefill")  # fmt: skip
+    assert memory[0] == "memory of 8 x 8, H=2, random, portable"
+    assert memory[1:3] == ("1.00 GiB", "1.00 GiB" if measured else "")
