@@ -51,11 +51,11 @@ NAMES := $(if $(V),cat,sed -uEn 's%^ *(Collecting|Processing) ([^ ]*/)?([^ ]+).*
 WORKERS = $$($(PY) -c 'import xdist; print("--numprocesses $(JOBS) --dist worksteal")' 2>/dev/null)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(WORKERS)
 
-.PHONY: help demo test test-long test-gpu-long test-cuda-fp8 lint format docs bench build sanitize \
-  sanitize-cuda clean
+.PHONY: help demo test test-long test-gpu-long test-cuda-portable test-cuda-fp8 lint format docs \
+  bench build sanitize sanitize-cuda clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(READY) ## HISA inside a small DeepSeek-V3.2, on real text (examples/quickstart.py)
 	$(PY) examples/quickstart.py
@@ -69,19 +69,24 @@ test-long: $(READY) ## the long versions of the tests (hours)
 test-gpu-long: $(READY) sanitize-cuda ## the long versions on a GPU, and sanitize-cuda (an hour)
 	$(PYTEST) -m long --families cuda tests/test_*.py $(ARGS)
 
-# What other GPUs do with fp8, on the one that is here: builds of their own, beside the normal one.
-FP8_PATHS := HISA_FP8_MMA HISA_NO_FP8_CVT
-FP8_TESTS = $(addprefix tests/test_,$(addsuffix *.py,cuda_dispatch t01 t02 t03 t05 t06 t09 t10 t12 t16))
+# What other GPUs run, on the one that is here: builds of their own, beside the normal one.
+# $(call test_portable,FOLDER,SETTINGS,TESTS)
+define test_portable
+@echo '== hisa._C without the kernels for Hopper $(2)'
+@HISA_CUDA=1 HISA_HOPPER=0 $(2) $(PY) -W ignore setup.py -q build_py --build-lib build/$(1)/lib \
+  build_ext --build-lib build/$(1)/lib --build-temp build/$(1)/temp 2>&1 | $(SHORT)
+HISA_TESTED=$(CURDIR)/build/$(1)/lib $(PYTEST) -o pythonpath='build/$(1)/lib .' \
+  --import-mode=append --families cuda -m 'gpu and not long' $(3) $(ARGS)
+endef
+
+test-cuda-portable: $(READY) ## the fast suite on a GPU, on the portable kernels
+	$(call test_portable,portable)
+
+FP8_TESTS = -k 'fp8 or float8 or exact or right_build' \
+  $(addprefix tests/test_,$(addsuffix *.py,cuda_dispatch t01 t02 t03 t05 t06 t09 t10 t12 t16))
 test-cuda-fp8: $(READY) ## the fast fp8 tests on what sm_80 and sm_89 would run
-	@for path in $(FP8_PATHS); do \
-	  echo "== hisa._C with $$path"; \
-	  lib=build/$$path/lib; \
-	  export HISA_TESTED=$(CURDIR)/$$lib; \
-	  HISA_CUDA=1 NVCC_APPEND_FLAGS=-D$$path $(PY) -W ignore setup.py -q build_py --build-lib $$lib \
-	    build_ext --build-lib $$lib --build-temp build/$$path/temp 2>&1 | $(SHORT); \
-	  $(PYTEST) -o pythonpath="$$lib ." --import-mode=append --families cuda -m 'gpu and not long' \
-	    -k 'fp8 or float8 or exact or right_build' $(FP8_TESTS) $(ARGS) || exit 1; \
-	done
+	$(call test_portable,HISA_FP8_MMA,NVCC_APPEND_FLAGS=-DHISA_FP8_MMA,$(FP8_TESTS))
+	$(call test_portable,HISA_NO_FP8_CVT,NVCC_APPEND_FLAGS=-DHISA_NO_FP8_CVT,$(FP8_TESTS))
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -2,7 +2,7 @@
 
 Environment:
     HISA_CUDA=0, 1     leave the CUDA kernels out, or insist on them; otherwise see decide_cuda
-    HISA_HOPPER=1      use the kernels of csrc/cuda/sm90 on Hopper: not validated on a GPU yet
+    HISA_HOPPER=0      leave the kernels of csrc/cuda/sm90 out; see decide_hopper
     HISA_WERROR=1      warnings are errors
     HISA_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize` uses it)
     MAX_JOBS, TORCH_CUDA_ARCH_LIST    as torch.utils.cpp_extension defines them
@@ -32,7 +32,6 @@ from torch.utils.cpp_extension import (
 )
 
 WERROR = os.environ.get("HISA_WERROR") == "1"
-HOPPER = os.environ.get("HISA_HOPPER") == "1"
 SANITIZING = os.environ.get("HISA_SANITIZE") == "1"
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -88,9 +87,19 @@ def default_cuda_architectures(toolkit: str) -> str:
     return ";".join(usable) + "+PTX"
 
 
-def hopper_architectures(wanted: str) -> str:
-    """TORCH_CUDA_ARCH_LIST with Hopper's own instructions: 9.0a for 9.0."""
-    return re.sub(r"9\.0(?!a)|Hopper", "9.0a", wanted)
+def decide_hopper(architectures: str, requested: str | None) -> tuple[str, bool]:
+    """TORCH_CUDA_ARCH_LIST, and whether the kernels for Hopper are built and used.
+
+    Takes TORCH_CUDA_ARCH_LIST and HISA_HOPPER. These kernels need Hopper's own instructions, so
+    9.0a takes the place of 9.0. PTX of 9.0a would run nowhere else: newer GPUs get that of 8.9.
+    """
+    if requested not in (None, "", "0", "1"):
+        raise ValueError(f"HISA_HOPPER: expected 0, 1 or nothing, got {requested!r}")
+    if requested == "0":
+        return architectures, False
+    own = re.sub(r"9\.0a?\+PTX|Hopper", "8.9+PTX;9.0a", architectures)
+    own = re.sub(r"9\.0(?!a)", "9.0a", own)
+    return own, "9.0a" in own
 
 
 class BuildKernels(BuildExtension):
@@ -122,8 +131,11 @@ class BuildKernels(BuildExtension):
         print(self.summary, flush=True)
 
 
-def make_extension(use_cuda: bool) -> Extension:
-    """`hisa._C`, with the files of csrc/cuda or with the stub that stands in for them."""
+def make_extension(use_cuda: bool, hopper: bool = False) -> Extension:
+    """`hisa._C`, with the files of csrc/cuda or with the stub that stands in for them.
+
+    `hopper` says whether what csrc/cuda/sm90 has is used.
+    """
     sources = {*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")} - set(X86_KERNELS)
     stub = "csrc/cuda/unavailable.cpp"
     if use_cuda:
@@ -139,7 +151,6 @@ def make_extension(use_cuda: bool) -> Extension:
     macros = [("HISA_TORCH_VERSION", torch.__version__)]  # another torch: everything is recompiled
     macros += [("HISA_X86", "1")] if IS_X86 else []
     macros += [("HISA_WITH_CUDA", "1")] if use_cuda else []
-    hopper = use_cuda and HOPPER and "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]
     macros += [("HISA_SM90", "1")] if hopper else []
     return (CUDAExtension if use_cuda else CppExtension)(
         "hisa._C",
@@ -154,19 +165,20 @@ def make_extension(use_cuda: bool) -> Extension:
 
 def main() -> None:
     has_kernels = bool(glob("csrc/cuda/**/*.cu", recursive=True))
+    hopper, built = False, "CPU only"
     try:
         use_cuda, why = decide_cuda(
             torch.version.cuda, CUDA_HOME, os.environ.get("HISA_CUDA"), has_kernels
         )
+        if use_cuda:
+            wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_architectures(CUDA_HOME)
+            architectures, hopper = decide_hopper(wanted, os.environ.get("HISA_HOPPER"))
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+            built = "CPU, CUDA and Hopper" if hopper else "CPU and CUDA"
     except ValueError as error:
         raise SystemExit(f"hisa: {error}") from None
-    if use_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_architectures(CUDA_HOME))
-        if HOPPER:
-            wanted = os.environ["TORCH_CUDA_ARCH_LIST"]
-            os.environ["TORCH_CUDA_ARCH_LIST"] = hopper_architectures(wanted)
-    BuildKernels.summary = f"hisa: built for {'CPU and CUDA' if use_cuda else 'CPU only'} ({why})"
-    setup(ext_modules=[make_extension(use_cuda)], cmdclass={"build_ext": BuildKernels})
+    BuildKernels.summary = f"hisa: built for {built} ({why})"
+    setup(ext_modules=[make_extension(use_cuda, hopper)], cmdclass={"build_ext": BuildKernels})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import meters, report
-from .machine import environment
+from .machine import environment, kernels
 from .meters import Build, Shape
 
 
@@ -103,6 +105,17 @@ class Bench:
         """Print a line of the report."""
         print(text, flush=True)
         self.text.append(text)
+
+    def note_kernels(self, *calls: tuple[int, torch.dtype]) -> None:
+        """Say which kernels run for some numbers of heads, and keep it as a column."""
+        names = dict.fromkeys(kernels(heads, dtype, self.device) for heads, dtype in calls)
+        self.environment["kernels"] = ", ".join(names)
+        self.say(f"\nkernels {self.environment['kernels']}")
+
+    @property
+    def portable(self) -> bool:
+        """Whether none of the noted kernels is for Hopper alone."""
+        return "wgmma" not in str(self.environment["kernels"])
 
     def agree(
         self,

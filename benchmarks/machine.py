@@ -30,6 +30,12 @@ def environment(device: str) -> dict[str, str | int]:
     }
 
 
+def kernels(heads: int, dtype: torch.dtype, device: str) -> str:
+    """Return the name of the kernels that score queries of 128 channels, in this build and here."""
+    plan = hisa.plan(1, 1, heads, 128, dtype=dtype, device=device, op="flat_index")
+    return plan.kernels["flat"]
+
+
 def cpu_name() -> str:
     """Return the processor's name as the kernel gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():

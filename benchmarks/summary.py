@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from . import report
-from .cases import cuda_hopper
+from .cases.cuda_hopper import Shape
 from .cases.indexer_module import bytes_needed
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
-CUDA_CASES = ("cuda_module", "cuda_prefill", "cuda_hopper")
+PREFILLS = ("cuda_hopper", "cuda_prefill")
+CUDA_CASES = ("cuda_module", *PREFILLS)
+PEERS = ("hisa.index", "TileLang", "DeepGEMM + torch.topk", "torch in chunks", "hisa.flat_index")
+OURS = {"hisa.index", "hisa.flat_index"}
+NOTE = """\
+On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_topk` 64,
+`block_size` 128; the module in bfloat16, hidden 7168. Medians, and what multiple of the time of
+`hisa.index` they are; memory beyond the inputs. Random: queries are independent, the worst case.
+Text: they drift, so that neighbours share three of four kept blocks or more. Portable: the kernels
+that GPUs other than Hopper run."""
 PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
-OPS = ("index", "flat_index")
 HEADER = ("", "hisa", "compared with", "gain", "case")
 
 Record = dict[str, str]
@@ -29,17 +36,11 @@ def summary(results: Path) -> str:
 
 
 def cuda_summary(results: Path) -> str:
-    """Return the table of what was measured on a GPU."""
-    hopper = cuda_hopper_rows(results)
-    rows = [HEADER, *cuda_module_rows(results), *cuda_prefill_rows(results), *hopper]
-    note = (
-        "On a GPU. fp8, D 128, causal, `topk` 2048, `block_topk` 64, `block_size` 128, random\n"
-        "inputs; the module in bfloat16, hidden 7168. Medians; memory beyond the inputs."
-    )
-    if hopper:
-        note += "\nText: queries drift, so that neighbours share three of four kept blocks or more."
-    found = f"{report.table(rows)}\n\n{note}\n{origin(results, CUDA_CASES)}"
-    return f"{found}\n\n{PLOT}" if hopper else found
+    """Return the tables of what was measured on a GPU, and the plot where there is one."""
+    prefills = prefill_rows(results)
+    modules = report.table([HEADER, *cuda_module_rows(results)])
+    found = f"{modules}\n\n{report.table(prefills)}\n\n{NOTE}\n{origin(results, CUDA_CASES)}"
+    return f"{found}\n\n{PLOT}" if any(row[-1] == "cuda_hopper" for row in prefills) else found
 
 
 def cpu_summary(results: Path) -> str:
@@ -87,53 +88,33 @@ def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-def cuda_prefill_rows(results: Path) -> list[tuple[str, ...]]:
-    """Return the rows about prefills on a GPU."""
-    records = read(results, "cuda_prefill")
-    rows: list[tuple[str, ...]] = []
-    for plain in (r for r in records if r["peer"] == "torch in chunks"):
-        same = {key: plain[key] for key in ("rows", "keys", "heads")}
-        pairs = [(op, plain) for op in OPS]
-        for peer, ops in (("TileLang", ["index"]), ("DeepGEMM + torch.topk", OPS)):
-            pairs += [(op, r) for r in records for op in ops if r["peer"] == peer
-                      and r["median_s"] and same.items() <= r.items()]  # fmt: skip
-        for op, other in pairs:
-            ours = find(records, peer=f"hisa.{op}", **same)
-            what = f"`{op}`, {ours['rows']} x {ours['keys']}, {ours['heads']} heads"
-            compared = f"{other['peer']}: {time(other)}, {memory(other)}"
-            gain = f"{ratio(other, ours):.1f}x time"
-            rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_prefill"))
-    keys = {int(r["keys"]) for r in records if r["rows"] == "4096"}
-    for length in sorted(keys)[-3::2]:
-        same = {"rows": "4096", "keys": str(length), "heads": "64"}
-        ours = find(records, peer="hisa.index", **same)
-        flat = find(records, peer="hisa.flat_index", **same)
-        what = f"`index`, last 4096 of {length}, 64 heads"
-        gain = f"{ratio(flat, ours):.1f}x time"
-        rows.append((what, time(ours), f"`flat_index`: {time(flat)}", gain, "cuda_prefill"))
-    return rows
+def prefill_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about prefills on a GPU, a column for each peer; the header comes first."""
+    rows: list[tuple[str, ...]] = [("", *(f"`{p}`" if p in OURS else p for p in PEERS), "case")]
+    memories: list[tuple[str, ...]] = []
+    for case in (case for case in PREFILLS if (results / f"{case}.csv").exists()):
+        records = [r for r in read(results, case) if r["median_s"]]
+        kind = "" if "wgmma" in records[0].get("kernels", "") else ", portable"
+        by_shape: dict[Shape, dict[str, Record]] = {}
+        for record in records:
+            by_shape.setdefault(shape_of(record), {})[record["peer"]] = record
+        shapes = {shape: peers for shape, peers in by_shape.items() if {*PEERS} - OURS & {*peers}}
+        for shape, peers in shapes.items():
+            ours = peers["hisa.index"]
+            others = (peers.get(peer) for peer in PEERS[1:])
+            cells = (f"{time(r)}, {ratio(r, ours):.1f}x" if r else "" for r in others)
+            rows.append((f"{shape}{kind}", time(ours), *cells, case))
+        largest = max(shapes, key=lambda shape: shape.rows * shape.keys * shape.heads)
+        held = (shapes[largest].get(peer) for peer in PEERS)
+        cells = (memory(r) if r else "" for r in held)
+        memories.append((f"memory of {largest}{kind}", *cells, case))
+    return [*rows, *memories[:1]]
 
 
-def cuda_hopper_rows(results: Path) -> list[tuple[str, ...]]:
-    """Return the rows about what has a goal on Hopper; none before the case has run."""
-    if not (results / "cuda_hopper.csv").exists():
-        return []
-    records = [r for r in read(results, "cuda_hopper") if r["median_s"]]
-    rows: list[tuple[str, ...]] = []
-    for goal in cuda_hopper.TABLE:
-        same = {key: str(value) for key, value in asdict(goal.shape).items()}
-        alike = [r for r in records if same.items() <= r.items()]
-        ours = find(alike, peer=goal.peer)
-        known = ["TileLang"] * (goal.peer == "hisa.index") + ["DeepGEMM + torch.topk"]
-        if goal.shape.dtype != "fp8":
-            known = ["torch in chunks"]
-        others = [r for r in alike if r["peer"] in known]
-        compared = "; ".join(f"{r['peer']}: {time(r)}" for r in others)
-        gain = ", ".join(f"{ratio(r, ours):.1f}x" for r in others)
-        what = f"`{goal.peer.removeprefix('hisa.')}`, {goal.shape}"
-        own = f"{time(ours)}, {memory(ours)}"
-        rows.append((what, own, compared, f"{gain} time" if gain else "", "cuda_hopper"))
-    return rows
+def shape_of(record: Record) -> Shape:
+    """Return the prefill that a record is of."""
+    rows, keys, heads = (int(record[name]) for name in ("rows", "keys", "heads"))
+    return Shape(rows, keys, heads, record.get("queries", "random"), record.get("dtype", "fp8"))
 
 
 def update_readme(text: str) -> None:

@@ -3,7 +3,7 @@
 // `Device` is where they run. It is made from k or the mask, which sets the current device, and
 // provides
 //   kAlignment, kFarthest            of rows and their distances, in bytes
-//   kOverlap                         whether rows may lie on top of each other
+//   overlaps(shape)                  whether rows of such a call may lie on top of each other
 //   pool(params), index(params, shape), flat(params, shape), mask(params)
 #pragma once
 
@@ -46,9 +46,9 @@ inline OptionalTensor adjacent(const OptionalTensor& tensor, int64_t alignment =
 
 // Queries or keys, as the device takes them.
 template <class Device>
-Tensor rows_for(const Tensor& tensor) {
+Tensor rows_for(const Tensor& tensor, bool overlap) {
   const int64_t row = tensor.size(-1) * tensor.element_size();
-  return adjacent(tensor, Device::kAlignment, Device::kOverlap ? 0 : row, Device::kFarthest);
+  return adjacent(tensor, Device::kAlignment, overlap ? 0 : row, Device::kFarthest);
 }
 
 template <class T>
@@ -120,7 +120,7 @@ TwoTensors pool_keys(const Tensor& k, const OptionalTensor& k_scale,
   check(PoolArguments{k, k_scale, cu_seqlens_k, block_size, pooling});
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
-  return pool_checked(device, rows_for<Device>(k), adjacent(k_scale, Device::kAlignment),
+  return pool_checked(device, rows_for<Device>(k, true), adjacent(k_scale, Device::kAlignment),
                       adjacent(cu_seqlens_k), block_size, parse_pooling(pooling));
 }
 
@@ -135,13 +135,6 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = rows_for<Device>(q);
-  const Tensor keys = rows_for<Device>(k);
-  const Tensor head_weights = adjacent(weights);
-  const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
-  const OptionalTensor segments = adjacent(cu_seqlens_k);
-  const OptionalTensor start = adjacent(ks);
-  const OptionalTensor end = adjacent(ke);
   const Shape shape{.rows = q.size(0),
                     .keys = k.size(0),
                     .heads = q.size(1),
@@ -151,9 +144,18 @@ TwoTensors index(const Tensor& q, const Tensor& k, const Tensor& weights,
                     .block_size = block_size,
                     .block_topk = block_topk,
                     .pooled = pooled_k.has_value()};
+  const bool overlap = device.overlaps(shape);
+  const Tensor queries = rows_for<Device>(q, overlap);
+  const Tensor keys = rows_for<Device>(k, overlap);
+  const Tensor head_weights = adjacent(weights);
+  const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
+  const OptionalTensor segments = adjacent(cu_seqlens_k);
+  const OptionalTensor start = adjacent(ks);
+  const OptionalTensor end = adjacent(ke);
   std::optional<TwoTensors> pooled;  // not where every block is kept
   if (shape.pooled) {
-    pooled.emplace(rows_for<Device>(*pooled_k), adjacent(*pooled_scale, Device::kAlignment));
+    pooled.emplace(rows_for<Device>(*pooled_k, overlap),
+                   adjacent(*pooled_scale, Device::kAlignment));
   } else if (shape.pools()) {
     pooled = pool_checked(device, keys, scale, segments, block_size, parse_pooling(pooling));
   }
@@ -178,8 +180,18 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
   const at::AutoDispatchBelowADInplaceOrView guard;
   Device device(k);
 
-  const Tensor queries = rows_for<Device>(q);
-  const Tensor keys = rows_for<Device>(k);
+  const Shape shape{.rows = q.size(0),
+                    .keys = k.size(0),
+                    .heads = q.size(1),
+                    .dim = q.size(2),
+                    .type = element_type(k.scalar_type()),
+                    .topk = topk,
+                    .block_size = 0,
+                    .block_topk = 0,
+                    .pooled = false};
+  const bool overlap = device.overlaps(shape);
+  const Tensor queries = rows_for<Device>(q, overlap);
+  const Tensor keys = rows_for<Device>(k, overlap);
   const Tensor head_weights = adjacent(weights);
   const OptionalTensor scale = adjacent(k_scale, Device::kAlignment);
   const OptionalTensor start = adjacent(ks);
@@ -190,15 +202,7 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
                .keys = make_keys(keys, scale),
                .windows = make_windows(start, end, {}),
                .output = output_params(output, return_scores)},
-              {.rows = q.size(0),
-               .keys = k.size(0),
-               .heads = q.size(1),
-               .dim = q.size(2),
-               .type = element_type(k.scalar_type()),
-               .topk = topk,
-               .block_size = 0,
-               .block_topk = 0,
-               .pooled = false});
+              shape);
   return output;
 }
 

@@ -34,8 +34,13 @@ py::dict build_info() {
 #else
   const bool cuda = false;
 #endif
+#ifdef HISA_SM90
+  const bool hopper = true;
+#else
+  const bool hopper = false;
+#endif
   return py::dict(
-      "cuda"_a = cuda, "compiler"_a = __VERSION__, "torch"_a = TORCH_VERSION,
+      "cuda"_a = cuda, "hopper"_a = hopper, "compiler"_a = __VERSION__, "torch"_a = TORCH_VERSION,
       "cpu_isa"_a = cpu::kernels().name, "cpu_isa_available"_a = available_isas(),
       "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
       "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,

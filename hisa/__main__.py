@@ -56,7 +56,7 @@ def small_integers(dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...],
     def draw(*shape: int) -> Tensor:
         return torch.randint(-2, 3, shape, generator=generator).float()
 
-    q, k, weights = draw(12, 8, 64).to(dtype), draw(430, 64).to(dtype), draw(12, 8)
+    q, k, weights = draw(12, 16, 64).to(dtype), draw(430, 64).to(dtype), draw(12, 16)
     cu_seqlens_k = torch.tensor([0, 210, 430], dtype=torch.int32)
     ks = cu_seqlens_k[:2].repeat_interleave(6) + torch.arange(12, dtype=torch.int32) % 3
     ke = ks + torch.tensor([0, 5, 40, 100, 180, 207] * 2, dtype=torch.int32)
@@ -101,7 +101,8 @@ def main() -> int:
         return 1
 
     print("built")
-    show("kernels", "CPU and CUDA" if info["cuda"] else "CPU only")
+    kernels = "CPU, CUDA and Hopper" if info["hopper"] else "CPU and CUDA"
+    show("kernels", kernels if info["cuda"] else "CPU only")
     show("torch", info["torch"])
     show("compiler", info["compiler"])
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .planning import plan
+
 CHANNELS = 16  # that a query and a ball have more than a key: the first holds the radius
 CHUNK_BYTES = 64 * 2**20  # of keys in fp32 at a time
 SAFE = 1 + 2.0**-10  # covers the rounding of norms in fp32
@@ -148,11 +150,18 @@ def slack(q: Tensor, asked: BallQueries, balls: Balls) -> Tensor:
 
 def dot_roundoff(q: Tensor) -> float:
     """Return the unit roundoff of dot products with this tensor on its device."""
-    if q.device.type == "cuda" and q.dtype == torch.float8_e4m3fn:
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability == (8, 9) or capability[0] >= 12:  # fp8 tensor cores, which keep few bits
-            return 2.0**-12
+    if q.device.type == "cuda" and q.dtype == torch.float8_e4m3fn and _multiplies_fp8(q):
+        return 2.0**-12
     return DOT_ROUNDOFF[q.device.type]
+
+
+def _multiplies_fp8(q: Tensor) -> bool:
+    """Say whether tensor cores multiply fp8 itself, which keeps few bits, and not as fp16."""
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability == (8, 9) or capability[0] >= 12:
+        return True
+    kernels = plan(1, 1, *q.shape[1:], dtype=q.dtype, device=q.device, op="flat_index").kernels
+    return "wgmma" in kernels["flat"]
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

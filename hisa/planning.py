@@ -56,8 +56,8 @@ def plan(
 ) -> Plan:
     """Say which kernels a call runs, how much workspace it takes and how many operations.
 
-    The workspace is what the call allocates, for inputs whose last dimension is contiguous and
-    the number of threads that torch uses now. On the CPU it is
+    The workspace is what the call allocates, for contiguous inputs and the number of threads that
+    torch uses now. On the CPU it is
 
         threads * (rows * (H * D * 4 + selector * 8 + block_topk * 8) + 128 * (D + 1) * 4
                    + selector * 8) + pooled keys
@@ -68,7 +68,9 @@ def plan(
 
         rows * 4 * (12704 + 4 * max(topk, block_topk) + block_topk) + pooled keys
 
-    at most, with two rows per multiprocessor or as many as take 256 MiB, but at least one.
+    at most, with two rows per multiprocessor or as many as take 256 MiB, but at least one. The
+    kernels for Hopper, of fp8 and bf16, list the kept blocks, `4 * M * block_topk` bytes more, and
+    leave less room in shared memory: for 64 heads of 128 channels up to `topk` 2048.
 
     Args:
         M, N, H, D: queries, keys, heads, head dimension.

@@ -130,8 +130,6 @@ def usable_cuda() -> bool:
 
 
 def hopper() -> bool:
-    """Say whether the kernels of csrc/cuda/sm90 are built (HISA_HOPPER=1), and run on this GPU."""
-    if not usable_cuda():
-        return False
-    plan = hisa.plan(1, 1, 64, 128, dtype=torch.bfloat16, device="cuda", op="flat_index", topk=1)
-    return "wgmma" in "".join(plan.kernels.values())
+    """Say whether this build has the kernels of csrc/cuda/sm90, and this GPU runs them."""
+    built = usable_cuda() and bool(hisa.build_info()["hopper"])
+    return built and torch.cuda.get_device_capability() == (9, 0)

@@ -9,10 +9,13 @@ a reader of fp32, and NaN or garbage to one of 16 or 8 bits.
 
     python -m tests.guard_cuda after fp8              a digest of the results of each call
     python -m tests.guard_cuda after fp8 stray-read   or another fault: has to fail
+
+`--shapes` is the suite's.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import os
@@ -24,21 +27,21 @@ import torch
 from torch import Tensor
 
 import hisa
+from tests import builders
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case
 from tests.families import CUDA
 from tests.numeric import DTYPES, short_name
+from tests.test_cuda_dispatch import KERNELS
 
 CANARY = 4096  # bytes
 SENTINEL = (-777).to_bytes(4, "little", signed=True)
 EXACT = 25  # calls of random small sizes
-# heads, head dimension: at least one of each kernel, and what does not fill it
-SHAPES = [
-    (1, 64), (16, 64), (17, 64), (64, 64), (65, 64), (8, 128), (32, 128), (33, 128), (64, 128),
-    (100, 128), (4, 16), (70, 48), (4, 80), (33, 256),
+# keys, topk, heads, head dimension: at once, in chunks of all sizes, in the workspace; for Hopper
+LAYOUTS = [
+    (5003, 700, 1, 16), (30001, 2048, 1, 16), (40003, 9001, 1, 16), (60001, 25000, 1, 16),
+    (70001, 65001, 1, 16), (9001, 600, 16, 64), (20001, 9001, 16, 64),
 ]  # fmt: skip
-# keys, topk: at once, in chunks of all sizes, in the workspace
-LAYOUTS = [(5003, 700), (30001, 2048), (40003, 9001), (60001, 25000), (70001, 65001)]
 
 
 class Location(ctypes.Structure):
@@ -157,13 +160,13 @@ def calls(dtype: torch.dtype) -> Iterator[Case]:
     """Calls of all sizes, for all kernels, in all layouts of memory."""
     for seed in range(EXACT):
         yield exact_case(seed, dtype=dtype, budget=2e5)
-    for seed, (heads, depth) in enumerate(SHAPES):
+    for seed, (heads, depth, _) in enumerate(KERNELS):
         n = 203 + seed
         yield random_case(seed, dtype, M=4, N=n, H=heads, D=depth, topk=21, block_topk=5,
                           ks=int32([0, 13, 101, n - 1]), ke=int32([13, n, n - 1, n]),
                           cu_seqlens_k=int32([0, 13, n]))  # fmt: skip
-    for seed, (n, topk) in enumerate(LAYOUTS):
-        yield random_case(seed, dtype, M=2, N=n, H=1, D=16, topk=topk, block_size=256,
+    for seed, (n, topk, heads, depth) in enumerate(LAYOUTS):
+        yield random_case(seed, dtype, M=2, N=n, H=heads, D=depth, topk=topk, block_size=256,
                           block_topk=max(20, -(-topk // 256)), ks=int32([0, 77]))  # fmt: skip
 
 
@@ -218,12 +221,19 @@ FAULTS: dict[str, Callable[[bool, torch.dtype], None]] = {
 
 def main() -> None:
     """Run all calls of a dtype, or one fault."""
-    after = {"after": True, "before": False}[sys.argv[1]]
-    dtype = {short_name(d): d for d in DTYPES}[sys.argv[2]]
+    dtypes = {short_name(dtype): dtype for dtype in DTYPES}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["after", "before"])
+    parser.add_argument("dtype", choices=dtypes)
+    parser.add_argument("fault", nargs="?", choices=FAULTS)
+    parser.add_argument("--shapes", default=builders.shapes, choices=builders.SHAPES)
+    options = parser.parse_args()
+    builders.shapes = options.shapes
+    after, dtype = options.side == "after", dtypes[options.dtype]
     memory = GuardedMemory(after)  # referred to until the end: torch calls into it
     memory.install()
-    if len(sys.argv) > 3:
-        FAULTS[sys.argv[3]](after, dtype)
+    if options.fault:
+        FAULTS[options.fault](after, dtype)
     else:
         for case in calls(dtype):
             print(digest(case), case.describe())

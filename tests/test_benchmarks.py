@@ -15,7 +15,7 @@ import hisa
 from benchmarks import deepgemm_peer, report, summary, tilelang_peer
 from benchmarks.__main__ import find_cases, parse
 from benchmarks.cases import cuda_prefill
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import causal, overlap, torch_flat
 
 EXAMPLE = """
@@ -166,9 +166,30 @@ def test_selections_are_compared_before_they_are_timed() -> None:
         cuda_prefill.check_deepgemm(bench, 64, results)
 
 
+@pytest.mark.parametrize("kernels", ["cuda/mma-64x128", "cuda/mma-64x128, cuda/wgmma-32x128"])
+def test_goals_are_for_the_kernels_they_were_set_for(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable ones; others are named, and asked for memory alone."""
+    names = iter(kernels.split(", "))
+    monkeypatch.setattr("benchmarks.harness.kernels", lambda *_: next(names))
+    bench = Bench("cuda_prefill", quick=True)
+    bench.note_kernels(*[(64, torch.float8_e4m3fn)] * len(kernels.split(", ")))
+    assert bench.text == [f"\nkernels {kernels}"]
+    found = {
+        peer: Measurement(peer, {}, (0.01,), 2**29, None)
+        for peer in ("hisa.index", "hisa.flat_index")
+    }
+    cuda_prefill.goals(bench, found, 65536, 64)
+    units = [what.split()[0] for what, *_ in bench.goals]
+    assert units == (["MiB"] if "wgmma" in kernels else ["ms", "ms", "MiB"])
+    bench.skip("TileLang", {}, "reason")
+    assert bench.rows()[0]["kernels"] == kernels
+
+
 @pytest.mark.parametrize("measured", [True, False], ids=["measured", "skipped"])
 def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool) -> None:
-    """One row more for every prefill that it took part in."""
+    """A peer that was skipped leaves its column empty; shapes of ours alone are left out."""
     shape: report.Record = {"rows": 8, "keys": 8, "heads": 2, "peak_extra_bytes": 2**30}
     records: list[report.Record] = [
         {"peer": peer, "median_s": median, **shape}
@@ -176,10 +197,12 @@ def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool)
     ]
     for peer in ("TileLang", "DeepGEMM + torch.topk"):
         records.append({"peer": peer, "median_s": 1.5 if measured else None, **shape})
+    records.append({"peer": "hisa.index", "median_s": 1, **shape, "keys": 9})
     report.write_csv(tmp_path / "cuda_prefill.csv", records)
-    rows = summary.cuda_prefill_rows(tmp_path)
-    theirs = [row[2:4] for row in rows if "TileLang" in row[2]]
-    assert theirs == [("TileLang: 1.50 s, 1.00 GiB", "1.5x time")] * measured
-    gains = [row[3] for row in rows if "DeepGEMM" in row[2]]
-    assert gains == ["1.5x time", "0.8x time"] * measured
-    assert len(rows) == 2 + 3 * measured
+    header, times, memory = summary.prefill_rows(tmp_path)
+    theirs = ("1.50 s, 1.5x" if measured else "",) * 2
+    assert header[1:4] == ("`hisa.index`", "TileLang", "DeepGEMM + torch.topk")
+    assert times == ("8 x 8, H=2, random, portable", "1.00 s", *theirs, "3.00 s, 3.0x",
+                     "2.00 s, 2.0x", "cuda_prefill")  # fmt: skip
+    assert memory[0] == "memory of 8 x 8, H=2, random, portable"
+    assert memory[1:3] == ("1.00 GiB", "1.00 GiB" if measured else "")

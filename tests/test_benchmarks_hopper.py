@@ -172,8 +172,9 @@ def results(folder: Path) -> Path:
 
     hisa.index takes 1 ms.
     """
+    kernels: report.Record = {"kernels": "cuda/wgmma-64x128, cuda/wgmma-32x128"}
     records = [
-        measured(peer, shape, 0.001 if peer == INDEX else len(peer) / 1000).record()
+        measured(peer, shape, 0.001 if peer == INDEX else len(peer) / 1000).record() | kernels
         for shape, peers in cuda_hopper.SHAPES.items()
         for peer in peers
         if peer != "TileLang" or shape.keys < 131072
@@ -182,14 +183,27 @@ def results(folder: Path) -> Path:
     return folder
 
 
-def test_the_summary_has_the_goals(tmp_path: Path) -> None:
-    """One row for each, compared with the peers that were measured; none before the case ran."""
-    assert summary.cuda_hopper_rows(tmp_path) == []
-    rows = summary.cuda_hopper_rows(results(tmp_path))
-    assert len(rows) == len(cuda_hopper.TABLE)
-    assert rows[0][:2] == ("`index`, 64K x 64K, H=64, text", "1.00 ms, 1.00 MiB")
-    assert rows[0][2:4] == ("TileLang: 8.00 ms; DeepGEMM + torch.topk: 21.0 ms", "8.0x, 21.0x time")
-    assert rows[3][3] == "21.0x time" and rows[-1][2] == "torch in chunks: 15.0 ms"
+def test_the_summary_has_every_shape(tmp_path: Path) -> None:
+    """A row for each, a column for each peer; a peer that did not run leaves its cell empty."""
+    assert summary.prefill_rows(tmp_path)[1:] == []
+    _, *rows, memory = summary.prefill_rows(results(tmp_path))
+    assert [row[0] for row in rows] == [str(shape) for shape in cuda_hopper.SHAPES]
+    assert rows[4][1:] == ("1.00 ms", "8.00 ms, 8.0x", "21.0 ms, 21.0x", "15.0 ms, 15.0x",
+                           "15.0 ms, 15.0x", "cuda_hopper")  # fmt: skip
+    assert rows[5][2] == rows[-1][2] == rows[-1][3] == "" and rows[-1][4] == "15.0 ms, 15.0x"
+    assert memory[:3] == ("memory of 128K x 128K, H=64, text", "1.00 MiB", "")
+
+
+def test_the_summary_has_both_kinds_of_kernels(tmp_path: Path) -> None:
+    """Those for Hopper first, then the portable ones, each with its case."""
+    results(tmp_path)
+    ours = {"rows": 65536, "keys": 65536, "heads": 64, "median_s": 2, "peak_extra_bytes": 0}
+    report.write_csv(
+        tmp_path / "cuda_prefill.csv", [{"peer": p, **ours} for p in (INDEX, FLAT, "TileLang")]
+    )
+    kinds = [(row[0], row[-1]) for row in summary.prefill_rows(tmp_path) if "random" in row[0]]
+    assert kinds == [("64K x 64K, H=64, random", "cuda_hopper"),
+                     ("64K x 64K, H=64, random, portable", "cuda_prefill")]  # fmt: skip
 
 
 def test_the_plot_is_drawn_from_the_csv_file(tmp_path: Path) -> None:

@@ -111,11 +111,45 @@ def test_default_architectures_are_those_the_toolkit_knows(
     assert setup_py.default_cuda_architectures(str(tmp_path)) == "8.0;8.9;9.0;10.0;12.0+PTX"
 
 
-def test_hopper_gets_its_own_instructions(setup_py: ModuleType) -> None:
-    found = [setup_py.hopper_architectures(given) for given in (
-        "8.0;9.0;10.0+PTX", "9.0+PTX", "9.0a", "Hopper", "8.0+PTX",
-    )]  # fmt: skip
-    assert found == ["8.0;9.0a;10.0+PTX", "9.0a+PTX", "9.0a", "9.0a", "8.0+PTX"]
+@pytest.mark.parametrize("requested", [None, "", "1"])
+@pytest.mark.parametrize(
+    ("given", "architectures", "hopper"),
+    [
+        ("8.0;9.0;10.0+PTX", "8.0;9.0a;10.0+PTX", True),
+        ("8.0 9.0a", "8.0 9.0a", True),
+        ("8.0;9.0+PTX", "8.0;8.9+PTX;9.0a", True),
+        ("9.0a+PTX", "8.9+PTX;9.0a", True),
+        ("Hopper", "8.9+PTX;9.0a", True),
+        ("8.0+PTX", "8.0+PTX", False),
+        ("8.9;10.0", "8.9;10.0", False),
+    ],
+)
+def test_hopper_gets_its_own_instructions(
+    setup_py: ModuleType, requested: str | None, given: str, architectures: str, hopper: bool
+) -> None:
+    """By default, wherever its architecture is among those that are built."""
+    assert setup_py.decide_hopper(given, requested) == (architectures, hopper)
+
+
+@pytest.mark.parametrize("given", ["8.0;9.0;10.0+PTX", "9.0+PTX", "9.0a", "Hopper", "8.0"])
+def test_hopper_can_be_left_out(setup_py: ModuleType, given: str) -> None:
+    assert setup_py.decide_hopper(given, "0") == (given, False)
+
+
+def test_hopper_other_values_are_errors(setup_py: ModuleType) -> None:
+    with pytest.raises(ValueError, match="HISA_HOPPER: expected 0, 1 or nothing, got 'no'"):
+        setup_py.decide_hopper("9.0", "no")
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_hopper_is_a_macro(
+    setup_py: ModuleType, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels are used where the macro is, and nowhere else."""
+    monkeypatch.setattr(setup_py, "CUDAExtension", setup_py.Extension)
+    monkeypatch.setattr(setup_py, "include_paths", lambda device: [])
+    macros = setup_py.make_extension(use_cuda=True, hopper=hopper).define_macros
+    assert (("HISA_SM90", "1") in macros) == hopper and ("HISA_WITH_CUDA", "1") in macros
 
 
 def test_every_source_belongs_to_one_build(

@@ -7,8 +7,10 @@ past, kept blocks that are not those of `hisa.index`, and chunks that change a r
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 import hisa
 from hisa import bounds, proof
 from hisa.windows import clamp_windows
+from tests import builders
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.numeric import DTYPES, FP8, short_name
@@ -58,12 +61,25 @@ def assert_true(case: Case, **changes: Any) -> hisa.Certificate:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_exact_calls(seed: int, device: str) -> None:
-    """Calls with ties, packed segments, ragged tails and empty windows."""
-    assert_true(exact_case(seed, budget=2e5, D=32).to(device))
+    """Ties, packed segments, ragged tails, empty windows, in sizes that a proof takes."""
+    heads, depths = builders.SHAPES[builders.shapes]
+    random = np.random.default_rng([seed, 1])
+    sizes = {
+        "H": int(random.choice([h for h in heads if h <= 127])),
+        "D": int(random.choice([d for d in depths if d <= 240])),
+    }
+    assert_true(exact_case(seed, budget=2e5, **sizes).to(device))
 
 
 def clusters(
-    seed: int, dtype: torch.dtype, spread: float, rows: int = 40, keys: int = 512, **fields: Any
+    seed: int,
+    dtype: torch.dtype,
+    spread: float,
+    rows: int = 40,
+    keys: int = 512,
+    heads: int = 4,
+    dim: int = 16,
+    **fields: Any,
 ) -> Case:
     """Keys in groups of eight that lie `spread` apart: the smaller, the more can be proved."""
     random = torch.Generator().manual_seed(seed)
@@ -71,7 +87,6 @@ def clusters(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    heads, dim = 4, 16
     k = normal(keys // 8, dim).repeat_interleave(8, 0)
     k = k + spread * normal(keys, dim)
     q, scale = normal(rows, heads, dim), None
@@ -102,9 +117,9 @@ def test_much_is_proved_where_keys_lie_close(device: str) -> None:
     assert shares[0] > 0.9 > shares[1] > 0.3 > shares[2]
 
 
-def near_ties(seed: int, dtype: torch.dtype) -> Case:
+def near_ties(seed: int, dtype: torch.dtype, heads: int, dim: int) -> Case:
     """Keys as good as what some rows select last, put where they are likely to be discarded."""
-    case = clusters(seed, dtype, 0.002, rows=100, keys=256, topk=1 + seed % 8, block_topk=8)
+    case = clusters(seed, dtype, 0.002, 100, 256, heads, dim, topk=1 + seed % 8, block_topk=8)
     random = torch.Generator().manual_seed(seed)
     chosen = hisa.flat_index(case.q, case.k, case.weights, ke=case.ke, k_scale=case.k_scale,
                              topk=case.topk)  # fmt: skip
@@ -124,9 +139,10 @@ def near_ties(seed: int, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("seeds", [
     range(25), pytest.param(range(250), marks=[pytest.mark.long, pytest.mark.seconds(900)]),
 ], ids=len)  # fmt: skip
-def test_near_ties(seeds: range, dtype: torch.dtype, device: str) -> None:
-    """A discarded block holds a key as good as a selected one, or all but. 100,000 rows if long."""
-    found = [assert_true(near_ties(seed, dtype).to(device)) for seed in seeds]
+@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (16, 64)])  # the latter for Hopper
+def test_near_ties(heads: int, dim: int, seeds: range, dtype: torch.dtype, device: str) -> None:
+    """A discarded block holds a key as good as a selected one, or all but. 200,000 rows if long."""
+    found = [assert_true(near_ties(seed, dtype, heads, dim).to(device)) for seed in seeds]
     share = torch.cat([each.proved for each in found]).float().mean()
     assert 0.02 < share < 0.9
 
@@ -315,3 +331,30 @@ def test_no_rows_no_keys_and_empty_windows(device: str) -> None:
     assert assert_true(keys.to(device)).proved.all()
     rows = case.rows([]).replace(ks=None, ke=None)
     assert assert_true(rows.to(device)).proved.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "kernel", "want"),
+    [
+        (FP8, (9, 0), "cuda/mma-64x128", -22),
+        (FP8, (9, 0), "cuda/wgmma-64x128", -12),
+        (FP8, (8, 9), "cuda/mma-64x128", -12),
+        (FP8, (12, 1), "cuda/mma-64x128", -12),
+        (FP8, (10, 0), "cuda/mma-64x128", -22),
+        (torch.bfloat16, (9, 0), "cuda/wgmma-64x128", -22),
+        (torch.bfloat16, (8, 9), "cuda/mma-64x128", -22),
+    ],
+)
+def test_few_bits_are_known(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    kernel: str,
+    want: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Products of fp8 itself are rounded coarsely, and a proof allows for it."""
+    q: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(5, 64, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    plan = SimpleNamespace(kernels={"flat": kernel})
+    monkeypatch.setattr(bounds, "plan", lambda *_, **__: plan)
+    assert bounds.dot_roundoff(q) == 2.0**want

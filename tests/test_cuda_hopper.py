@@ -8,13 +8,15 @@ The rest of the suite runs on these kernels with `--shapes hopper`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import hisa
-from tests import oracle
+from tests import builders, oracle
+from tests import test_t16_layout as layouts
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
@@ -23,7 +25,7 @@ from tests.numeric import short_name
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0 and HISA_HOPPER=1"),
+    pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0, and kernels for it"),
 ]
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16]
 
@@ -129,3 +131,23 @@ def test_scores_out_of_the_ordinary(values: str) -> None:
     q = torch.randint(-2, 3, (rows, 16, 64), generator=generator).bfloat16()
     case = Case(q=q, k=k, weights=weights, k_scale=scale, topk=topk, block_size=128, block_topk=8)
     assert_same(CUDA.flat_index(case), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_layouts_of_arguments(
+    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T16 in a shape that these kernels take: the copy engine wants more of strides than others."""
+    monkeypatch.setattr(builders, "shapes", "hopper")
+    layouts.test_each_argument(CUDA, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("test", [layouts.test_expanded, layouts.test_overlapping])
+def test_rows_on_top_of_each_other(
+    dtype: torch.dtype, test: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for rows that the copy engine cannot bring where they are."""
+    monkeypatch.setattr(builders, "shapes", "hopper")
+    test(CUDA, dtype)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hisa
-from tests import guard_cuda, oracle
+from tests import builders, guard_cuda, oracle
 from tests.builders import exact_case, int32
 from tests.case import TENSORS, Case, same_bytes
 from tests.checker import assert_same
@@ -151,6 +151,7 @@ def test_guard_pages(family: Family, start: int, after: bool) -> None:
 
 def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `tests.guard_cuda` in a process of its own: a fault ends its CUDA context."""
+    arguments += ("--shapes", builders.shapes)
     folder = str(Path(hisa.__file__).parent.parent)  # the build that this process tests
     script = (
         f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(arguments)!r}; "
@@ -167,7 +168,7 @@ def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("side", ["after", "before"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_guarded_memory_on_cuda(dtype: torch.dtype, side: str) -> None:
-    """44 calls whose inputs, outputs and workspace all touch unmapped addresses, or a canary.
+    """52 calls whose inputs, outputs and workspace all touch unmapped addresses, or a canary.
 
     The results are those of the same calls in ordinary memory, bit for bit.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
+from tests import builders, oracle
 from tests.builders import exact_case, int32
 from tests.case import Case, same_bytes
 from tests.checker import assert_same
@@ -96,7 +96,8 @@ def transposed_ok(name: str, tensor: Tensor) -> bool:
 
 def cases(dtype: torch.dtype) -> Case:
     """Return an exact packed call with every optional argument."""
-    return exact_case(5, dtype=dtype, M=7, N=137, H=3, D=48, B=8, block_topk=4, topk=19,
+    heads, depth = (16, 64) if builders.shapes == "hopper" else (3, 48)
+    return exact_case(5, dtype=dtype, M=7, N=137, H=heads, D=depth, B=8, block_topk=4, topk=19,
                       ks=int32([0, 1, 40, 43, 40, 130, 9]), ke=int32([40, 39, 137, 137, 110, 131,
                       9]), cu_seqlens_k=int32([0, 40, 137]), k_scale=torch.ones(137))  # fmt: skip
 
@@ -127,15 +128,15 @@ def test_each_argument(family: Family, dtype: torch.dtype, layout: str) -> None:
 def test_expanded(family: Family, dtype: torch.dtype) -> None:
     """Zero strides: one query for all rows, one head for all heads, one key for all tokens."""
     case = cases(dtype)
-    one_row = raw(case.q)[:1].expand(7, 3, 48).view(dtype)
-    one_head = raw(case.q)[:, :1].expand(7, 3, 48).view(dtype)
-    one_key = raw(case.k)[3:4].expand(137, 48).view(dtype)
+    one_row = raw(case.q)[:1].expand(case.q.shape).view(dtype)
+    one_head = raw(case.q)[:, :1].expand(case.q.shape).view(dtype)
+    one_key = raw(case.k)[3:4].expand(case.k.shape).view(dtype)
     changes = [
         {"q": one_row},
         {"q": one_head},
         {"k": one_key},
-        {"weights": case.weights[:1].expand(7, 3)},
-        {"weights": torch.ones(()).expand(7, 3)},
+        {"weights": case.weights[:1].expand(case.weights.shape)},
+        {"weights": torch.ones(()).expand(case.weights.shape)},
         {"k_scale": torch.full((1,), 2.0).expand(137)},
         {"ks": int32([3]).expand(7), "ke": int32([130]).expand(7)},
     ]
@@ -149,9 +150,11 @@ def test_expanded(family: Family, dtype: torch.dtype) -> None:
 def test_overlapping(family: Family, dtype: torch.dtype) -> None:
     """Inputs whose rows overlap in memory, and inputs that share memory with each other."""
     case = cases(dtype)
-    sliding = raw(case.k).reshape(-1).as_strided((137, 48), (1, 1)).view(dtype)
-    shared = raw(case.k).reshape(-1).as_strided((7, 3, 48), (48, 16, 1)).view(dtype)
-    for change in ({"k": sliding}, {"q": shared}):
+    memory, depth = raw(case.k).reshape(-1), case.k.shape[1]
+    sliding = memory.as_strided(case.k.shape, (1, 1)).view(dtype)
+    shared = memory.as_strided(case.q.shape, (depth, 16, 1)).view(dtype)
+    taken_twice = memory.as_strided(case.q.shape, (depth, depth, 1)).view(dtype)
+    for change in ({"k": sliding}, {"q": shared}, {"q": taken_twice}):
         overlapping = case.replace(**change)
         copied = case.replace(**{n: t.clone() for n, t in change.items()})
         assert_same(family.index(overlapping), oracle.index(copied))

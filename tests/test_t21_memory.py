@@ -168,9 +168,11 @@ ROUNDING = 512  # bytes: to a multiple of this torch rounds what it hands out
 
 
 def cuda_call(call: tuple[str, int, int, int, int, int, int, bool], dtype: torch.dtype) -> Any:
-    """Return a function that makes a call of ones, and its plan."""
+    """Return a function that makes a call of ones, and its plan.
+
+    Rows of q lie on top of each other, but where the plan's kernels would have them copied.
+    """
     op, m, n, h, d, topk, block_topk, given = call
-    q = torch.ones(1, h, d, device="cuda").to(dtype).expand(m, h, d)
     k = torch.ones(n, d, device="cuda").to(dtype)
     sizes: dict[str, Any] = {"topk": topk, "return_scores": True}
     options: dict[str, Any] = {}
@@ -179,6 +181,9 @@ def cuda_call(call: tuple[str, int, int, int, int, int, int, bool], dtype: torch
         options["pooled"] = hisa.pool_keys(k) if given else None
     weights = torch.ones(m, h, device="cuda")
     plan = hisa.plan(m, n, h, d, dtype=dtype, device="cuda", op=op, pooled=given, **sizes)
+    q = torch.ones(1, h, d, device="cuda").to(dtype).expand(m, h, d)
+    if "wgmma" in "".join(plan.kernels.values()):
+        q = q.contiguous()
     return lambda: getattr(hisa, op)(q, k, weights, **options, **sizes), plan
 
 

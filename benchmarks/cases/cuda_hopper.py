@@ -32,6 +32,9 @@ OURS = (INDEX, FLAT)
 FOREIGN = (TILELANG, DEEPGEMM, LOGITS)
 EVERY = (*OURS, TORCH, *FOREIGN)
 RUNS = 20  # at least, of a peer with a goal
+PORTABLE = """
+These are the portable kernels: this build, or this GPU, has not those for Hopper, which the goals
+and limits are made for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Shape:
         what = f"{keys} x {keys}" if rows == keys else f"last {rows} of {keys}"
         kind = "" if self.dtype == "fp8" else f", {self.dtype}"
         return f"{what}, H={self.heads}, {self.queries}{kind}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of queries and keys."""
+        return torch.float8_e4m3fn if self.dtype == "fp8" else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,9 @@ def build(
 
 def run(bench: Bench) -> None:
     """Measure the sweep and the shapes with goals; then say what was reached of each limit."""
+    bench.note_kernels(*dict.fromkeys((shape.heads, shape.torch_dtype) for shape in SHAPES))
+    if bench.portable:
+        bench.say(PORTABLE)
     build_all = partial(build, tilelang=bench.tilelang, deepgemm=bench.deepgemm)
     found: Found = {}
     for shape, peers in ({QUICK: EVERY} if bench.quick else SHAPES).items():
@@ -178,8 +189,7 @@ def compare(
 
 def operations(shape: Shape) -> dict[str, int]:
     """Return the multiply-adds of every peer's call."""
-    dtype = torch.float8_e4m3fn if shape.dtype == "fp8" else torch.bfloat16
-    size = (shape.rows, shape.keys, shape.heads, drift.DIM)
+    size, dtype = (shape.rows, shape.keys, shape.heads, drift.DIM), shape.torch_dtype
     found: dict[str, int] = {}
     for op, peers in (
         ("index", (INDEX, TILELANG)),

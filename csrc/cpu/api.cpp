@@ -16,9 +16,10 @@ constexpr int64_t kMaskGrain = 1 << 16;  // mask elements that are worth a threa
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
   static constexpr int64_t kFarthest = std::numeric_limits<int64_t>::max();
-  static constexpr bool kOverlap = true;
 
   explicit Cpu(const Tensor&) {}
+
+  static bool overlaps(const Shape&) { return true; }
 
   void pool(const PoolParams& params) {
     at::parallel_for(0, params.slots, 1, [&](int64_t begin, int64_t end) {

@@ -30,13 +30,15 @@ DeviceLimits current_limits() {
 struct Cuda {
   static constexpr int64_t kAlignment = 16;
   static constexpr int64_t kFarthest = std::numeric_limits<uint32_t>::max();
-  static constexpr bool kOverlap = !sm90::kCompiled;  // the copy engine's rows lie apart
 
   explicit Cuda(const Tensor& k)
       : guard(k.device()),
         stream(c10::cuda::getCurrentCUDAStream()),
         limits(current_limits()),
         bytes(k.options().dtype(at::kByte)) {}
+
+  // The rows of a tensor that the copy engine brings lie apart.
+  bool overlaps(const Shape& shape) const { return !sm90::takes(shape, limits); }
 
   void pool(const PoolParams& params) { C10_CUDA_CHECK(launch_pool(params, stream)); }
 

@@ -49,8 +49,9 @@ def assert_matches_flat(
         topk: the width that `indices` must have; any by default.
         scores: `[M, topk]` float32, the selected tokens' scores, to be checked too.
         dot_roundoff: unit roundoff of the sums inside a dot product. By default 2**-24, on a GPU
-            2**-22, since tensor cores truncate. Coarser sums need more, such as 2**-12 for fp8
-            tensor cores that keep 13 bits, or 2**-10 for TF32.
+            2**-22, since tensor cores truncate, and 2**-12 where they keep 13 bits: where
+            `hisa.flat_index` has them multiply fp8. Coarser sums need more, such as 2**-10 for
+            TF32.
 
     Raises:
         AssertionError: the form is wrong, or a token; names the first row at fault, the tokens,
