@@ -8,20 +8,36 @@
 
 namespace hisa::cuda::ptx {
 
-// Completes a phase once `count` threads have arrived and all bytes expected are there.
+// One lane arrives for its warp. racecheck takes that for a barrier of this lane alone, so for it
+// (HISA_RACECHECK) all of them do.
+#ifdef HISA_RACECHECK
+inline constexpr uint32_t kArrivals = 32;
+#else
+inline constexpr uint32_t kArrivals = 1;
+#endif
+
+// Completes a phase once `warps` warps have arrived and all bytes expected are there.
 struct Barrier {
   uint64_t state;
 
-  __device__ void init(uint32_t count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count));
+  __device__ void init(uint32_t warps) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(warps * kArrivals));
   }
+  // All lanes of a warp call these two.
   __device__ void arrive() {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+    __syncwarp();
+    if (kArrivals > 1 || threadIdx.x % 32 == 0) arrive_alone();
   }
   __device__ void arrive_and_expect(uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)),
-                 "r"(bytes)
-                 : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+                   "r"(bytes)
+                   : "memory");
+    else if (kArrivals > 1)
+      arrive_alone();
+    __syncwarp();
   }
   // Wait for the end of a phase: the first one has parity 0, the next 1, then 0 again. The phase
   // before the first one, of parity 1, counts as ended.
@@ -36,6 +52,11 @@ struct Barrier {
           : "r"(address), "r"(parity)
           : "memory");
     } while (done == 0);
+  }
+
+ private:
+  __device__ void arrive_alone() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
 };
 

@@ -1,12 +1,10 @@
 // The warps that bring a group's queries and keys to shared memory.
 #pragma once
 
-#include <bit>
-
 #include "../coarse.cuh"
 #include "../ptx/tensor_copy.cuh"
 #include "../refine.cuh"
-#include "shared.cuh"
+#include "pair.cuh"
 
 namespace hisa::cuda::sm90 {
 
@@ -34,75 +32,6 @@ __device__ inline void describe_row(const Params& params, int64_t m, const Row& 
       found.stage = coarse_stage(rows, row, first, last, blocks);
   }
   found.scored = found.stage.scores != nullptr || found.stage.count < found.stage.source.size;
-}
-
-// Find the blocks that both rows of a pair have, and those that one has alone. All lanes call it.
-template <class C>
-__device__ void pair_blocks(const Params& params, Group<C>& group) {
-  constexpr int kLists = kPairBlocks / 32;  // blocks of a row that a lane looks after
-  const uint32_t lane = threadIdx.x % 32;
-  const uint32_t before = (1U << lane) - 1;
-  uint32_t kept[2];
-  int32_t mine[2][kLists];
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    kept[row] = group.rows[row].scored ? group.rows[row].kept : 0;
-    const int32_t* blocks = params.kept + (group.m + row) * params.rows.kept;
-#pragma unroll
-    for (int i = 0; i < kLists; ++i) {
-      const uint32_t slot = i * 32 + lane;
-      mine[row][i] = slot < kept[row] ? blocks[slot] : -1 - row;  // of no other row
-    }
-  }
-  // Which of the second row's blocks a lane's own ones are, and which of them are anyone's.
-  int32_t same[kLists];
-  uint32_t common[kLists] = {};
-#pragma unroll
-  for (int i = 0; i < kLists; ++i) same[i] = -1;
-#pragma unroll
-  for (int i = 0; i < kLists; ++i)
-#pragma unroll 4
-    for (int j = 0; j < 32; ++j) {
-      const int32_t other = __shfl_sync(~0U, mine[1][i], j);
-      bool found = false;
-#pragma unroll
-      for (int k = 0; k < kLists; ++k)
-        if (mine[0][k] == other) same[k] = i * 32 + j, found = true;
-      common[i] |= __ballot_sync(~0U, found) != 0 ? 1U << j : 0U;
-    }
-
-  uint32_t ends[3] = {0, kept[0], kept[0] + kept[1]};  // blocks, of each kind and those before
-#pragma unroll
-  for (int i = 0; i < kLists; ++i) ends[0] += static_cast<uint32_t>(__popc(common[i]));
-  ends[2] -= ends[0];
-  Pair& pair = group.pair;
-  const int shift = params.rows.block_shift;
-  const int tiles = shift - std::countr_zero(static_cast<uint32_t>(C::kTile));  // of a block, log2
-  uint32_t next[3] = {0, ends[0], ends[1]};
-  const auto add = [&](bool wanted, int kind, int32_t first, int32_t slot0, int32_t slot1) {
-    const uint32_t wanting = __ballot_sync(~0U, wanted);
-    const uint32_t at = next[kind] + static_cast<uint32_t>(__popc(wanting & before));
-    for (int tile = 0; wanted && tile < 1 << tiles; ++tile) {
-      const int32_t inside = tile * C::kTile;
-      pair.tiles[(at << tiles) + tile] = {first + inside,
-                                          {static_cast<uint16_t>((slot0 << shift) + inside),
-                                           static_cast<uint16_t>((slot1 << shift) + inside)}};
-    }
-    next[kind] += static_cast<uint32_t>(__popc(wanting));
-  };
-#pragma unroll
-  for (int i = 0; i < kLists; ++i) {
-    const int32_t slot = i * 32 + static_cast<int32_t>(lane);
-    add(same[i] >= 0, 0, mine[0][i], slot, same[i]);
-    add(same[i] < 0 && mine[0][i] >= 0, 1, mine[0][i], slot, 0);
-    add((common[i] >> lane & 1) == 0 && mine[1][i] >= 0, 2, mine[1][i], 0, slot);
-  }
-  if (lane < 3) pair.ends[lane] = (lane == 0 ? ends[0] : lane == 1 ? ends[1] : ends[2]) << tiles;
-  if (lane < 2)
-    pair.scale_shift[lane] =
-        static_cast<uint32_t>(group.rows[lane].first) + params.scale_offset & 3U;
-  if (lane == 0) group.tiles = ends[2] << tiles;
-  __syncwarp();
 }
 
 // Load every kLoaders-th group.
@@ -153,16 +82,17 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
       group.base = base;
       const uint32_t first =
           params.work == Work::kRefine ? static_cast<uint32_t>(group.rows[0].first) : base;
-      group.scale_shift = first + params.scale_offset & 3U;
+      group.scale_shift = (first + params.scale_offset) & 3U;
       group.blocks = params.work == Work::kRefine ? params.kept + m * rows.kept : nullptr;
     }
     __syncwarp();
     if constexpr (C::kPairs) pair_blocks(params, group);
     ptx::Barrier& full = shared.group_full[turn.buffer];
-    if (lane == 0 && !scored) full.arrive();
-    if (lane == 0 && scored) {
+    if (!scored) {
+      full.arrive();
+    } else {
       full.arrive_and_expect(C::kColumns * C::kRowBytes);
-      for (int panel = 0; panel < C::kPanels; ++panel)
+      for (int panel = 0; lane == 0 && panel < C::kPanels; ++panel)
         ptx::copy_box(
             memory.queries + turn.buffer * Memory<C>::kQueryBytes + panel * C::kColumns * C::kPitch,
             params.queries, full, panel * C::kPitch / C::kElement, 0, static_cast<int32_t>(m));
@@ -208,8 +138,7 @@ __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32
       block = find_block();
       shared.tile_empty[stage].wait(phase ^ 1U);
       ptx::Barrier& full = shared.tile_full[stage];
-      if (lane == 0) full.arrive_and_expect(Memory<C>::kTileBytes + scale_bytes);
-      __syncwarp();
+      full.arrive_and_expect(Memory<C>::kTileBytes + scale_bytes);
       if (lane < boxes.number) {
         char* to = memory.keys + stage * Memory<C>::kTileBytes + lane * boxes.keys * C::kPitch;
         for (int panel = 0; panel < C::kPanels; ++panel)
@@ -217,7 +146,7 @@ __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32
                         panel * C::kPitch / C::kElement, key);
         if (scale_bytes > 0)
           ptx::copy_box(memory.scale + stage * boxes.tile + lane * boxes.pitch, params.scale, full,
-                        static_cast<int32_t>(key + params.scale_offset & ~3U));
+                        static_cast<int32_t>((key + params.scale_offset) & ~3U));
       }
       stage += C::kCopiers;
       if (stage >= static_cast<uint32_t>(params.stages)) {
@@ -226,8 +155,7 @@ __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32
       }
     }
     first = tile - tiles;
-    __syncwarp();
-    if (lane == 0) shared.group_empty[turn.buffer].arrive();
+    shared.group_empty[turn.buffer].arrive();
   }
 }
 

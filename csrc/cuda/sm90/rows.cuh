@@ -8,7 +8,7 @@
 #include "launch.h"
 #include "load.cuh"
 #include "score.cuh"
-#include "select.cuh"
+#include "select_few.cuh"
 
 namespace hisa::cuda::sm90 {
 
@@ -27,7 +27,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__
   const uint32_t warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::shrink_registers<C::kSelectRegisters>();
-    Selector<C>(params, memory).run();
+    if (have_few(params))
+      WarpSelector<C>(params, memory).run();
+    else
+      Selector<C>(params, memory).run();
   } else if (warpgroup == 1) {
     ptx::shrink_registers<C::kLoadRegisters>();
     const uint32_t warp = threadIdx.x / 32 % 4;

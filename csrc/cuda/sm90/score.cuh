@@ -106,16 +106,11 @@ class Scorer {
       else
         score_chunks(group, tiles);
       group_tile_ += tiles;
-      arrive(shared.group_empty[group_turn.buffer]);
+      shared.group_empty[group_turn.buffer].arrive();
     }
   }
 
  private:
-  __device__ static void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
-  }
-
   // Rows that are scored against the same keys, chunk by chunk.
   __device__ __forceinline__ void score_chunks(const Group<C>& group, uint32_t tiles) {
     constexpr int kRows = C::kGroup;
@@ -131,7 +126,7 @@ class Scorer {
       }
       score_tiles(own, queries_, min(begin + chunk_tiles, tiles),
                   [&](uint32_t tile) { return tile * C::kTile; });
-      arrive(memory_.shared.chunk_full[chunk_turn_.buffer]);
+      memory_.shared.chunk_full[chunk_turn_.buffer].arrive();
     }
   }
 
@@ -142,7 +137,7 @@ class Scorer {
     score_kind<2>(group, 0, 0);
 #pragma unroll 1
     for (int row = 0; row < 2; ++row) score_kind<1>(group, row, row + 1);
-    arrive(memory_.shared.chunk_full[chunk_turn_.buffer]);
+    memory_.shared.chunk_full[chunk_turn_.buffer].arrive();
     chunk_turn_.next();
   }
 
@@ -233,7 +228,7 @@ class Scorer {
       } else {
         ptx::wait_for_products<0>();
       }
-      if (number + 1 == C::kParts) arrive(shared.tile_empty[stage]);
+      if (number + 1 == C::kParts) shared.tile_empty[stage].arrive();
       add_up(dots[i % 2], scale, key, own);
     }
   }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../select_stage.cuh"
-#include "../select_warp.cuh"
 #include "bar.cuh"
 #include "shared.cuh"
 
@@ -18,6 +17,17 @@ struct SelectorTeam {
   }
   static constexpr uint32_t kFewScores = 512;
 };
+
+// Of the blocks that a row keeps, those that need no score: the first and the last, or all.
+__device__ __forceinline__ void list_forced_blocks(const Params& params, const GroupRow& row,
+                                                   int64_t m, uint32_t thread, uint32_t threads) {
+  const RowsParams& rows = params.rows;
+  int32_t* blocks = params.kept + m * rows.kept;
+  for (uint32_t i = thread; i < row.kept; i += threads) {
+    if (!row.pruned || i == 0) blocks[i] = row.first + static_cast<int32_t>(i << rows.block_shift);
+    if (row.pruned && i == row.kept - 1) blocks[i] = row.last;
+  }
+}
 
 template <class C>
 class Selector {
@@ -41,43 +51,21 @@ class Selector {
         if (SelectorTeam::thread() == 0) shared.states[row] = {};
       for (uint32_t begin = 0; begin < group.size; begin += chunk, chunk_turn.next()) {
         shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
-        if (params_.work == Work::kCoarse && group.size <= min(32U * kFew, chunk))
-          take_few(group, chunk_turn.buffer);
-        else
 #pragma unroll 1
-          for (int row = 0; row < C::kGroup; ++row)
-            take(group.rows[row], row, begin,
-                 memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk), group.size);
-        arrive(shared.chunk_empty[chunk_turn.buffer]);
+        for (int row = 0; row < C::kGroup; ++row)
+          take(group.rows[row], row, begin,
+               memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk), group.size);
+        shared.chunk_empty[chunk_turn.buffer].arrive();
       }
 #pragma unroll 1
       for (int row = 0; row < C::kGroup; ++row)
         if (group.m + row < params_.rows.queries.rows) finish(group.rows[row], group.m + row);
       SelectorTeam::sync();
-      arrive(shared.group_empty[group_turn.buffer]);
+      shared.group_empty[group_turn.buffer].arrive();
     }
   }
 
  private:
-  static constexpr int kFew = 32;  // candidates of a lane
-
-  __device__ static void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (ptx::this_thread() % 32 == 0) barrier.arrive();
-  }
-
-  // Select blocks for all rows at once, a warp for each, where they are few.
-  __device__ void take_few(const Group<C>& group, uint32_t buffer) const {
-    for (int row = static_cast<int>(ptx::this_thread() / 32); row < C::kGroup; row += kWarps) {
-      if (!group.rows[row].scored) continue;
-      const float* scores = memory_.chunk(buffer, row, params_.rows.chunk);
-      if (group.size <= 16 * kFew)
-        write_best_by_warp<kFew / 2>(group.rows[row].stage, scores);
-      else
-        write_best_by_warp<kFew>(group.rows[row].stage, scores);
-    }
-  }
-
   // Take up the scores of a row that are in the chunk which begins at the group's key `begin`.
   __device__ void take(const GroupRow& row, int number, uint32_t begin, float* scores,
                        uint32_t size) {
@@ -112,17 +100,10 @@ class Selector {
   }
 
   __device__ void finish(const GroupRow& row, int64_t m) const {
-    const RowsParams& rows = params_.rows;
-    if (params_.work != Work::kCoarse) {
-      finish_row<SelectorTeam>(rows.output, m, row.stage, row.scored);
-      return;
-    }
-    int32_t* blocks = params_.kept + m * rows.kept;
-    for (uint32_t i = SelectorTeam::thread(); i < row.kept; i += kThreads) {
-      if (!row.pruned || i == 0)
-        blocks[i] = row.first + static_cast<int32_t>(i << rows.block_shift);
-      if (row.pruned && i == row.kept - 1) blocks[i] = row.last;
-    }
+    if (params_.work == Work::kCoarse)
+      list_forced_blocks(params_, row, m, SelectorTeam::thread(), kThreads);
+    else
+      finish_row<SelectorTeam>(params_.rows.output, m, row.stage, row.scored);
   }
 
   const Params& params_;

@@ -11,15 +11,23 @@ struct Barrier {
 
   void init(uint32_t count) { simt::Block::current().phases(this) = {count, count, 0, 0}; }
   void arrive() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive_alone();
+  }
+  void arrive_and_expect(uint32_t bytes) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      simt::Block::current().phases(this).bytes += bytes;
+      arrive_alone();
+    }
+    __syncwarp();
+  }
+  void arrive_alone() {
     auto& block = simt::Block::current();
     auto& phases = block.phases(this);
     if (phases.missing == 0) block.fail("one arrival too many");
     --phases.missing;
     block.complete_if(phases);
-  }
-  void arrive_and_expect(uint32_t bytes) {
-    simt::Block::current().phases(this).bytes += bytes;
-    arrive();
   }
   // True for the phase before the one at hand, too, as on the GPU.
   void wait(uint32_t parity) {
