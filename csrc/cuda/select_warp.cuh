@@ -2,50 +2,32 @@
 // which needs no barrier and no histogram. Same keys and same order as select.cuh.
 #pragma once
 
-#include "select.cuh"
+#include "select_bracket.cuh"
 
 namespace hisa::cuda {
 
-// The largest key that at least `count` of n candidates reach; a lane's keys, 0 where it has none.
-// The guess is where that key would be if scores lay evenly between the ends so far. Every fourth
-// one halves the keys in between, so that it ends soon for any scores.
+// The largest key that at least `count` of n candidates reach, 1 <= count < n; a lane's keys, 0
+// where it has none.
 template <int kKeys>
 __device__ __forceinline__ uint32_t find_bar_by_warp(const uint32_t (&keys)[kKeys], uint32_t n,
                                                      uint32_t count) {
-  uint32_t low = ~0U;  // all reach it
-  uint32_t high = 0;   // and none this
+  uint32_t least = ~0U;
+  uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
-    low = min(low, keys[i] - 1);  // which is large for a 0
-    high = max(high, keys[i]);
+    least = min(least, keys[i] - 1);  // which is large for a 0
+    most = max(most, keys[i]);
   }
-  low = __reduce_min_sync(~0U, low) + 1;
-  high = __reduce_max_sync(~0U, high) + 1;
-  uint32_t reach_low = n;
-  uint32_t reach_high = 0;
+  Bracket bracket{__reduce_min_sync(~0U, least) + 1, __reduce_max_sync(~0U, most) + 1, n, 0};
 #pragma unroll 1
-  for (uint32_t step = 1; reach_low != count && high - low > 1; ++step) {
-    uint32_t guess = low + (high - low) / 2;
-    if (step % 4 != 0) {
-      const float from = to_score(low);
-      const float part =
-          static_cast<float>(reach_low - count) / static_cast<float>(reach_low - reach_high);
-      const uint32_t key = to_key(from + (to_score(high) - from) * part);
-      guess = min(max(key, low + 1), high - 1);
-    }
+  while (!bracket.found(count, 0)) {
+    const uint32_t guess = bracket.guess(count);
     uint32_t reach = 0;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) reach += keys[i] >= guess;
-    reach = __reduce_add_sync(~0U, reach);
-    if (reach >= count) {
-      low = guess;
-      reach_low = reach;
-    } else {
-      high = guess;
-      reach_high = reach;
-    }
+    bracket.narrow(guess, __reduce_add_sync(~0U, reach), count);
   }
-  return low;
+  return bracket.low;
 }
 
 // Write the best of a stage, of which 1 <= count < source.size; not their scores. All lanes of the

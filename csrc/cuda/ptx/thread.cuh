@@ -13,6 +13,12 @@ __device__ __forceinline__ uint32_t this_thread() {
   return thread;
 }
 
+// The same value, but the compiler computes what follows from it here, and not before a loop.
+__device__ __forceinline__ float here(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // A barrier of one warpgroup. PTX ISA, "Parallel Synchronization: bar.sync".
 __device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 

@@ -6,14 +6,14 @@
 
 namespace hisa::cuda::ptx {
 
-// Registers of each thread of the warpgroup from here on: less, or more than at the start.
-template <uint32_t kCount>
-__device__ __forceinline__ void shrink_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-template <uint32_t kCount>
-__device__ __forceinline__ void grow_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+// Registers of each thread of the warpgroup from here on, and those at the start. One that gets
+// more waits for others to give theirs back.
+template <int kStart, int kCount>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kCount > kStart)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+  else
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // Wait until the kernel before this one has written all it writes.

@@ -30,9 +30,10 @@ struct Variant {
 inline constexpr Variant kVariants[] = {
     {16, 64}, {32, 64}, {64, 64}, {128, 64}, {16, 128}, {32, 128}, {64, 128}, {128, 128},
 };
-// Whether there is a kernel for pairs of rows.
+// Whether there is a kernel for pairs of rows: where the heads of one make few columns. With 64 of
+// them it was built, and no faster.
 constexpr bool has_pairs(int heads, int dim, ElementType type) {
-  return heads <= 64 && dim * element_size(type) <= 128;
+  return heads <= 32 && dim * element_size(type) <= 128;
 }
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {

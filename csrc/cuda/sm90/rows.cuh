@@ -26,20 +26,20 @@ __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__
   ptx::wait_for_previous_kernel();
   const uint32_t warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::shrink_registers<C::kSelectRegisters>();
+    ptx::set_registers<C::kStartRegisters, C::kSelectRegisters>();
     if (have_few(params))
       WarpSelector<C>(params, memory).run();
     else
       Selector<C>(params, memory).run();
   } else if (warpgroup == 1) {
-    ptx::shrink_registers<C::kLoadRegisters>();
+    ptx::set_registers<C::kStartRegisters, C::kLoadRegisters>();
     const uint32_t warp = threadIdx.x / 32 % 4;
     if (warp < C::kCopiers)
       copy_tiles<C>(params, memory, warp);
     else if (warp - C::kCopiers < C::kLoaders)
       load_groups<C>(params, memory, warp - C::kCopiers);
   } else {
-    ptx::grow_registers<C::kScoreRegisters>();
+    ptx::set_registers<C::kStartRegisters, C::kScoreRegisters>();
     Scorer<C>(params, memory).run();
   }
 #endif

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../select_stage.cuh"
-#include "bar.cuh"
 #include "shared.cuh"
 
 namespace hisa::cuda::sm90 {
@@ -10,12 +9,6 @@ namespace hisa::cuda::sm90 {
 struct SelectorTeam {
   __device__ static uint32_t thread() { return ptx::this_thread(); }
   __device__ static void sync() { ptx::sync_warpgroup(); }
-  __device__ static Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
-                                 uint32_t count, uint32_t slack = 0) {
-    return n < kFewScores ? find_bar_by_digits<SelectorTeam>(memory, scores, n, count, slack)
-                          : find_bar_by_range<SelectorTeam>(memory, scores, n, count);
-  }
-  static constexpr uint32_t kFewScores = 512;
 };
 
 // Of the blocks that a row keeps, those that need no score: the first and the last, or all.
@@ -33,70 +26,86 @@ template <class C>
 class Selector {
  public:
   __device__ Selector(const Params& params, const Memory<C>& memory)
-      : params_(params), memory_(memory), select_(memory.shared.select) {
-    for (uint32_t i = SelectorTeam::thread(); i < kHistogram; i += kThreads)
-      histogram(select_)[i] = 0;
-    SelectorTeam::sync();
+      : params_(params), shared_(memory.shared), chunks_(memory.chunks) {
+    const int64_t capacity = params.rows.capacity;
+    if (SelectorTeam::thread() < C::kGroup) {
+      RowBuffer& buffer = shared_.buffers[SelectorTeam::thread()];
+      buffer.scores = memory.buffers + SelectorTeam::thread() * 2 * capacity;
+      buffer.positions = reinterpret_cast<int32_t*>(buffer.scores + capacity);
+      buffer.capacity = static_cast<uint32_t>(capacity);
+    }
   }
 
   __device__ void run() {
-    Shared<C>& shared = memory_.shared;
     const auto chunk = static_cast<uint32_t>(params_.rows.chunk);
     Turn group_turn{params_.groups};
     Turn chunk_turn{kChunks};
     for (int64_t g = last_group<C>(params_); g >= 0; g -= gridDim.x, group_turn.next()) {
-      shared.group_full[group_turn.buffer].wait(group_turn.phase);
-      const Group<C>& group = shared.groups[group_turn.buffer];
-      for (int row = 0; row < C::kGroup; ++row)
-        if (SelectorTeam::thread() == 0) shared.states[row] = {};
+      shared_.group_full[group_turn.buffer].wait(group_turn.phase);
+      const Group<C>& group = shared_.groups[group_turn.buffer];
+      if (SelectorTeam::thread() < C::kGroup) {
+        RowBuffer& buffer = shared_.buffers[SelectorTeam::thread()];
+        buffer.size = 0;
+        buffer.bar = {};
+      }
+      SelectorTeam::sync();
       for (uint32_t begin = 0; begin < group.size; begin += chunk, chunk_turn.next()) {
-        shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
+        shared_.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
 #pragma unroll 1
         for (int row = 0; row < C::kGroup; ++row)
-          take(group.rows[row], row, begin,
-               memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk), group.size);
-        shared.chunk_empty[chunk_turn.buffer].arrive();
+          if (group.rows[row].scored)
+            take(group.rows[row], shared_.buffers[row], begin,
+                 chunks_ + (chunk_turn.buffer * C::kGroup + row) * params_.rows.chunk, group.size);
+        shared_.chunk_empty[chunk_turn.buffer].arrive();
       }
 #pragma unroll 1
       for (int row = 0; row < C::kGroup; ++row)
         if (group.m + row < params_.rows.queries.rows) finish(group.rows[row], group.m + row);
       SelectorTeam::sync();
-      shared.group_empty[group_turn.buffer].arrive();
+      shared_.group_empty[group_turn.buffer].arrive();
     }
   }
 
  private:
-  // Take up the scores of a row that are in the chunk which begins at the group's key `begin`.
-  __device__ void take(const GroupRow& row, int number, uint32_t begin, float* scores,
+  using Few = Held<SelectorTeam, 4>;
+  using Several = Held<SelectorTeam, 12>;
+  using Many = Held<SelectorTeam, 16>;
+  using Any = Stored<SelectorTeam>;
+
+  // Take up the scores of a row that are in the chunk which begins at key `begin` of the group's
+  // `size`.
+  __device__ void take(const GroupRow& row, RowBuffer& buffer, uint32_t begin, float* scores,
                        uint32_t size) {
-    if (!row.scored) return;
     const auto chunk = static_cast<uint32_t>(params_.rows.chunk);
     const uint32_t all = row.stage.source.size;
-    const uint32_t from = begin > row.shift ? begin - row.shift : 0;  // positions
-    const uint32_t end = begin + chunk > row.shift ? min(all, begin + chunk - row.shift) : 0;
-    const bool last = begin + chunk >= size;
-    if (from >= end && !last) return;
-    RowState& state = memory_.shared.states[number];
-    if (SelectorTeam::thread() == 0) {
-      // The chunk is elsewhere: see Region::buffer_scores().
-      select_.region = {
-          .scores = memory_.buffers + number * 2 * params_.rows.capacity - chunk - kBehind,
-          .size = chunk,
-          .chunk = chunk,
-          .capacity = static_cast<uint32_t>(params_.rows.capacity)};
-      select_.stage = row.stage;
-      select_.buffered = state.buffered;
-      select_.bar = state.bar;
+    const bool whole = size <= chunk;
+    if (!whole) {
+      const uint32_t from = begin > row.shift ? begin - row.shift : 0;  // positions
+      const uint32_t end = begin + chunk > row.shift ? min(all, begin + chunk - row.shift) : 0;
+      if (from < end) add(row.stage, buffer, scores, end - from, from);
+      if (begin + chunk < size) return;
     }
-    SelectorTeam::sync();
-    if (size <= chunk) {
-      write_best_of<SelectorTeam>(select_, scores);
-    } else {
-      if (from < end) add_to_buffer<SelectorTeam>(select_, scores, end - from, from);
-      if (SelectorTeam::thread() == 0) state = {select_.buffered, select_.bar};
-      if (last) write_best_of_buffer<SelectorTeam>(select_);
-    }
-    SelectorTeam::sync();
+    write(row.stage, whole ? scores : buffer.scores, whole ? nullptr : buffer.positions,
+          whole ? all : buffer.size);
+  }
+
+  __device__ void add(const Stage& stage, RowBuffer& buffer, float* chunk, uint32_t n,
+                      uint32_t begin) {
+    if (buffer.capacity <= Several::kMost)
+      add_to_buffer<SelectorTeam, Few, Several>(shared_.counts, buffer, stage.count, chunk, n,
+                                                begin);
+    else
+      add_to_buffer<SelectorTeam, Few, Any>(shared_.counts, buffer, stage.count, chunk, n, begin);
+  }
+
+  // Write the row's best of n candidates.
+  __device__ void write(const Stage& stage, float* scores, const int32_t* positions, uint32_t n) {
+    if (n <= Few::kMost)
+      write_best<SelectorTeam, Few>(shared_.counts, stage, scores, positions, n);
+    else if (n <= Many::kMost)
+      write_best<SelectorTeam, Many>(shared_.counts, stage, scores, positions, n);
+    else
+      write_best<SelectorTeam, Any>(shared_.counts, stage, scores, positions, n);
   }
 
   __device__ void finish(const GroupRow& row, int64_t m) const {
@@ -107,8 +116,8 @@ class Selector {
   }
 
   const Params& params_;
-  const Memory<C>& memory_;
-  SharedMemory& select_;
+  Shared<C>& shared_;
+  float* chunks_;  // [kChunks, kGroup, chunk]
 };
 
 }  // namespace hisa::cuda::sm90

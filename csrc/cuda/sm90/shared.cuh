@@ -12,9 +12,9 @@
 #include <numeric>
 #include <type_traits>
 
-#include "../memory.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "params.h"
+#include "select_row.cuh"
 
 namespace hisa::cuda::sm90 {
 
@@ -50,13 +50,13 @@ struct Config {
   static constexpr int kGroups = kPairs ? 2 : kMaxGroups;  // at hand, at most
   static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
   static_assert(kLeastStages <= kMaxStages);
-  static constexpr bool kWide = kColumns > 64;
-  static constexpr int kSelectRegisters = kScorers == 3 ? 96 : kWide ? 120 : 112;
-  static constexpr int kLoadRegisters = kWide ? 40 : 48;
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kSelectRegisters = kScorers == 3 ? 104 : 120;
+  static constexpr int kLoadRegisters = 40;
   static constexpr int kScoreRegisters = kScorers == 3 ? 112 : 176;
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "the swizzles in use");
   static_assert(kSelectRegisters + kLoadRegisters + kScorers * kScoreRegisters <=
-                65536 / kThreads / 8 * 8 * kWarpgroups);
+                kStartRegisters * kWarpgroups);
 };
 
 struct GroupRow {
@@ -94,18 +94,11 @@ struct Group {
   std::conditional_t<C::kPairs, Pair, NoPair> pair;
 };
 
-// What the selector remembers of a row from chunk to chunk.
-struct RowState {
-  uint32_t buffered;
-  Bar bar;
-};
-
 template <class C>
 struct Shared {
-  SharedMemory select;
-  alignas(16) uint32_t histogram[kHistogram];  // where histogram(select) looks
   Group<C> groups[C::kGroups];
-  RowState states[C::kGroup];
+  Counts counts;
+  RowBuffer buffers[C::kGroup];
   ptx::Barrier group_full[C::kGroups], group_empty[C::kGroups];
   ptx::Barrier chunk_full[kChunks], chunk_empty[kChunks];
   ptx::Barrier tile_full[kMaxStages], tile_empty[kMaxStages];
@@ -143,7 +136,6 @@ struct Memory {
 
   __device__ Memory(char* start, const Params& params)
       : shared(*reinterpret_cast<Shared<C>*>(start)) {
-    static_assert(offsetof(Shared<C>, histogram) == kSharedBytes);
     const RowsParams& rows = params.rows;
     const Layout at = make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes,
                                   params.groups, params.stages, params.boxes, rows.chunk,

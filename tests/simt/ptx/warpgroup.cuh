@@ -4,10 +4,8 @@
 
 namespace hisa::cuda::ptx {
 
-template <uint32_t kCount>
-void shrink_registers() {}
-template <uint32_t kCount>
-void grow_registers() {}
+template <int kStart, int kCount>
+void set_registers() {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
