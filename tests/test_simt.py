@@ -138,6 +138,20 @@ def test_scores_out_of_the_ordinary(library: ctypes.CDLL, values: str) -> None:
     assert_same(Hopper(library).flat_index(case), oracle.flat_index(case))
 
 
+@pytest.mark.parametrize(("n", "topk"), [(700, 690), (5000, 4990), (9000, 1500), (9000, 8500)])
+@pytest.mark.parametrize("values", [[torch.nan, -torch.inf, 3.0, 5.0], [torch.nan, 3.0, 5.0]])
+def test_nan_and_infinity_among_the_best(
+    library: ctypes.CDLL, n: int, topk: int, values: list[float]
+) -> None:
+    """NaN ranks with -inf, in registers, in memory, in a buffer; some of both are selected."""
+    scale = torch.tensor(values)[torch.arange(n) * 7 % 11 % len(values)]
+    k = torch.ones(n, 64).bfloat16()
+    case = Case(q=torch.ones(2, 16, 64).bfloat16(), k=k, weights=torch.ones(2, 16), k_scale=scale,
+                topk=topk, ke=int32([n, n - 3]))  # fmt: skip
+    for shared in (232448, 190000):
+        assert_same(Hopper(library, shared).flat_index(case), oracle.flat_index(case))
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling", "odd", "zeros"])
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (700, 33), (3000, 1000), (3001, 3000)])
 def test_portable_selection(library: ctypes.CDLL, kind: str, n: int, count: int) -> None:

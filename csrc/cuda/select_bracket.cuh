@@ -16,13 +16,15 @@ struct Bracket {
   __device__ bool found(uint32_t count, uint32_t slack) const {
     return reach_low <= count + slack || high - low == 1;
   }
-  // Where the bar would be if scores lay evenly in between. Every fourth guess halves the keys
-  // instead, so that it ends soon for any scores.
+  // Where the bar would be if counts to the power 0.4 grew evenly in between, as they nearly do for
+  // sums of many terms, at the median and far from it. Every sixth guess halves the keys instead,
+  // so that it ends soon for any scores.
   __device__ uint32_t guess(uint32_t count) {
-    if (++steps % 4 == 0) return low + (high - low) / 2;
+    if (++steps % 6 == 0) return low + (high - low) / 2;
+    const auto grown = [](uint32_t n) { return __powf(static_cast<float>(n), 0.4F); };
     const float from = to_score(low);
-    const float part = __fdividef(static_cast<float>(reach_low - count),
-                                  static_cast<float>(reach_low - reach_high));
+    const float part =
+        __fdividef(grown(reach_low) - grown(count), grown(reach_low) - grown(reach_high));
     const uint32_t key = to_key(from + (to_score(high) - from) * part);
     return min(max(key, low + 1), high - 1);
   }

@@ -40,12 +40,15 @@ __device__ __forceinline__ uint32_t sum(Counts& counts, uint32_t turn, uint32_t 
   return four.x + four.y + four.z + four.w;
 }
 
-// Make what lies behind the last of scores [n], up to a multiple of 4, pass no bar. All threads
-// call it; it ends with a barrier.
+// Make what lies behind the last of scores [n], up to a multiple of 4, pass no bar; positions may
+// be null. All threads call it; it ends with a barrier.
 template <class Team>
-__device__ __forceinline__ void pad(float* scores, uint32_t n) {
+__device__ __forceinline__ void pad(float* scores, int32_t* positions, uint32_t n) {
   const uint32_t at = n + Team::thread();
-  if (at < (n + 3) / 4 * 4) scores[at] = NAN;
+  if (at < (n + 3) / 4 * 4) {
+    scores[at] = NAN;
+    if (positions != nullptr) positions[at] = 0;
+  }
   Team::sync();
 }
 
@@ -236,7 +239,8 @@ __device__ __forceinline__ Cut find_cut(Counts& counts, const Scores& scores, St
   uint32_t above = 0;
   const uint32_t least = find_ends<Team>(counts, scores, above);
   Bracket bracket{least, above, n, 0};
-  bool sure = false;  // that all reach the least score: NaN does not, it is as bad as -inf
+  // Whether all reach the least score: NaN does not, unless that is -inf, which is as bad.
+  bool sure = least == kLowestKey;
   uint32_t turn = 0;
 #pragma unroll 1
   for (;; turn ^= 1) {
@@ -263,6 +267,7 @@ __device__ __forceinline__ Cut find_cut(Counts& counts, const Scores& scores, St
   // Only the first of those that equal the bar pass.
   const Bar bar{to_score(bracket.low), count - bracket.reach_high};
   uint32_t before = 0;  // what fewer than that many come before
+  Team::sync();  // the last sum may have had the same turn
 #pragma unroll 1
   for (uint32_t bit = 1U << 31; bit > 0; bit >>= 1) {
     const uint32_t guess = before | bit;

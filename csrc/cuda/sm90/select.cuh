@@ -99,7 +99,7 @@ class Selector {
   }
 
   // Write the row's best of n candidates.
-  __device__ void write(const Stage& stage, float* scores, const int32_t* positions, uint32_t n) {
+  __device__ void write(const Stage& stage, float* scores, int32_t* positions, uint32_t n) {
     if (n <= Few::kMost)
       write_best<SelectorTeam, Few>(shared_.counts, stage, scores, positions, n);
     else if (n <= Many::kMost)

@@ -20,8 +20,8 @@ __device__ __forceinline__ void for_four(uint32_t bits, uint32_t slot, Write wri
 // scores are overwritten. All threads call it, after a barrier; it ends with one.
 template <class Team, class Scores>
 __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, float* scores,
-                                           const int32_t* positions, uint32_t n) {
-  pad<Team>(scores, n);
+                                           int32_t* positions, uint32_t n) {
+  pad<Team>(scores, positions, n);
   Scores all(scores, n);
   const uint32_t found =
       all.pass(counts, find_cut<Team>(counts, all, {scores, n}, n, stage.count, 0));
@@ -72,7 +72,7 @@ __device__ __forceinline__ void cut_buffer(Counts& counts, RowBuffer& buffer, ui
   float* scores = buffer.scores;
   int32_t* positions = buffer.positions;
   const uint32_t size = buffer.size;
-  pad<Team>(scores, size);
+  pad<Team>(scores, positions, size);
   Scores all(scores, size);
   const Cut cut = find_cut<Team>(counts, all, {scores, size}, size, count, slack);
   const uint32_t left = all.pass(counts, cut);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void cut_buffer(Counts& counts, RowBuffer& buffer, ui
 template <class Team, class Chunk, class Scores>
 __device__ __forceinline__ void add_to_buffer(Counts& counts, RowBuffer& buffer, uint32_t count,
                                               float* chunk, uint32_t n, uint32_t begin) {
-  pad<Team>(chunk, n);
+  pad<Team>(chunk, nullptr, n);
 #pragma unroll 1
   while (true) {
     Chunk all(chunk, n);

@@ -124,6 +124,7 @@ uint32_t reduce(uint32_t x, Combine combine) {
         for (int i = 0; i < 32; ++i) out[i] = all;
       }));
 }
+inline float __powf(float a, float b) { return std::pow(a, b); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t x) {
   return reduce(x, [](uint32_t a, uint32_t b) { return a + b; });
