@@ -132,8 +132,14 @@ sanitize: $(READY) ## the fast suite under AddressSanitizer and UndefinedBehavio
 CUDA_TOOLS := memcheck racecheck initcheck synccheck
 CHECKED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
 sanitize-cuda: $(READY) ## every CUDA kernel under the four tools of compute-sanitizer
+	@echo '== hisa._C as racecheck needs it'
+	@HISA_CUDA=1 NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS -DHISA_RACECHECK" $(PY) -W ignore setup.py -q \
+	  build_py --build-lib build/racecheck/lib \
+	  build_ext --build-lib build/racecheck/lib --build-temp build/racecheck/temp 2>&1 | $(SHORT)
 	@nvcc -w -o build/seeded_bugs tests/seeded_bugs.cu
 	@for tool in $(CUDA_TOOLS); do \
+	  if [ $$tool = racecheck ]; then export PYTHONPATH=$(CURDIR)/build/racecheck/lib:$(CURDIR); \
+	  else export PYTHONPATH=$(CURDIR); fi; \
 	  if $(CHECKED) $$tool build/seeded_bugs $$tool >build/sanitize.log; then \
 	    cat build/sanitize.log; echo "$$tool does not report its seeded bug"; exit 1; fi; \
 	  $(CHECKED) $$tool $(PY) -m tests.sanitize_cuda >build/sanitize.log 2>&1 \
