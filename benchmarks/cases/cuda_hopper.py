@@ -32,6 +32,23 @@ OURS = (INDEX, FLAT)
 FOREIGN = (TILELANG, DEEPGEMM, LOGITS)
 EVERY = (*OURS, TORCH, *FOREIGN)
 RUNS = 20  # at least, of a peer with a goal
+LIMIT = """
+What limits it, by bare kernels on an H200 and clocks read in them, H=64 but where it says
+otherwise. Selection: with it left out, refine takes 8.2 to 8.7 ms of a 64K prefill, flat 33.8
+and 1.9 at 16K; with it 8.6 to 9.6, 40.4 and 3.2. Before scores were held in registers the
+selecting warpgroup was busy for 35 of 36 thousand cycles a row, 14 an instruction, since shared
+memory is busy with operands. Then power: random inputs bring the clock down to 1.53 GHz (1.81
+for zeros, where the same kernels make 1200 instead of 1040 TFLOP/s). Issue: adding up 64 keys
+takes 160 to 180 instructions a scheduler, of 256 tensor cycles for two rows.
+
+Designs of refine, ms of 64K x 64K, text and random. One row at a time, three scoring warpgroups:
+first 13.5 (random); a shorter copying loop 12.2; two halves of a tile in flight 11.3; bar by
+range 10.4, three groups of queries at hand 10.1; scores in registers 8.6 and 9.6. Two rows,
+common blocks with 128 columns: 9.9 and 10.7, scores in registers 9.0 and 10.4; H=32: 6.7 and
+8.0, where one row at a time takes 7.2 and 7.4. Heads as the A operand: a bare kernel without
+selection made 742 TFLOP/s. Selection: a histogram in shared memory over the range 9.7; a
+sample's range, a pass per warp 9.7; counting, in registers 9.0. Adding |x| instead of a maximum,
+which another pipe does: 9.9 for 10.0."""
 PORTABLE = """
 These are the portable kernels: this build, or this GPU, has not those for Hopper, which the goals
 and limits are made for."""
@@ -147,6 +164,8 @@ def run(bench: Bench) -> None:
             "\nMedians, what they are of the limit, and how often the peers' time they are.\n"
         )
         bench.say(report.table(list(reached(rows, found))))
+        if not bench.portable and not bench.quick:
+            bench.say(LIMIT)
     for row in rows:
         ms = found[row.shape][row.peer].median * 1e3
         bench.goal(f"ms of {row.peer}, {row.shape}", ms, at_most=row.goal, digits=3)
