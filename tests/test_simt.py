@@ -52,6 +52,23 @@ def test_every_kernel(library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim:
         check(Hopper(library), case, seed)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("heads", [16, 32])
+def test_pairs_of_rows(library: ctypes.CDLL, heads: int, size: int) -> None:
+    """Two rows with all, some and no common blocks, in one segment or two, that begin anywhere."""
+    keys, second = 21 * size + 5, 9 * size + 3
+    ks = int32([0, 1, 0, 2 * size + 2, second + 3, 0, second, 7, second + 1, second + size + 2])
+    ke = int32([9 * size, 9 * size - 1, 7 * size + 1, 9 * size, keys, 9 * size, keys - 70, 6, keys,
+                keys - 3])  # fmt: skip
+    for seed in range(2):
+        case = exact_case(seed, dtype=FP8, M=len(ks), N=keys, H=heads, D=64, B=size, block_topk=5,
+                          topk=2 * size + 1, ks=ks, ke=ke, pooling="max",
+                          cu_seqlens_k=int32([0, second, keys]))  # fmt: skip
+        scale = 2.0 ** torch.randint(-2, 3, (keys,), generator=torch.Generator().manual_seed(seed))
+        case = case.replace(k_scale=scale)
+        assert_same(Hopper(library, multiprocessors=1 + seed).index(case), oracle.index(case))
+
+
 @pytest.mark.parametrize(
     "seeds", [range(12), pytest.param(range(400), marks=[pytest.mark.long])], ids=["few", "many"]
 )
