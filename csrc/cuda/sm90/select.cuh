@@ -1,4 +1,4 @@
-// The warpgroup that selects, with the code that the portable kernel has for it (../select*.cuh).
+// The warpgroup that selects: from chunks, a row at a time.
 #pragma once
 
 #include "../select_stage.cuh"
