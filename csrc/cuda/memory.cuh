@@ -46,7 +46,7 @@ struct Region {
   }
   __device__ bool holds(const Source& source) const { return source.size <= size; }
   __device__ float* buffer_scores() const { return scores + chunk + kBehind; }
-  __device__ int32_t* buffer_positions() const {
+  __device__ int32_t* buffer_values() const {  // what will be returned: a block or a token
     return reinterpret_cast<int32_t*>(buffer_scores() + capacity);
   }
 };

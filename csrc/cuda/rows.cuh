@@ -18,7 +18,7 @@
 #include "refine.cuh"
 #include "score_fma.cuh"
 #include "score_mma.cuh"
-#include "select_stage.cuh"
+#include "select.cuh"
 #include "variants.h"
 
 namespace hisa::cuda {
@@ -67,11 +67,7 @@ __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory
 
 // Write what the stage selects, and set the next one; returns whether there is one.
 __device__ __forceinline__ bool finish_stage(const RowsParams& params, SharedMemory& memory) {
-  const Region& region = memory.region;
-  if (region.holds(memory.stage.source))
-    write_best_of<WholeBlock>(memory, region.scores);
-  else
-    write_best_of_buffer<WholeBlock>(memory);
+  write_best(memory);
   const bool last = memory.stage.last;
   __syncthreads();
   if (!last && ptx::this_thread() == 0) {
@@ -108,11 +104,10 @@ __global__ void __launch_bounds__(kThreads, ptx::kFp8Cvt ? kBlocks : kBlocksPerM
       for (uint32_t begin = 0; begin < memory.stage.source.size; begin += chunk_at(memory, begin)) {
         scorer.score(begin);
         __syncthreads();
-        if (!memory.region.holds(memory.stage.source))
-          add_to_buffer<WholeBlock>(memory, memory.region.scores, chunk_at(memory, begin), begin);
+        if (!memory.region.holds(memory.stage.source)) add_to_buffer(memory, begin);
       }
     }
-    finish_row<WholeBlock>(params.output, memory.m, memory.stage, memory.scored);
+    finish_row(params.output, memory.m, memory.stage, memory.scored);
     __syncthreads();
   }
 }

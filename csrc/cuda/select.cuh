@@ -15,19 +15,7 @@
 
 namespace hisa::cuda {
 
-// The kThreads threads that select for one row, and how they find the bar.
-struct WholeBlock {
-  __device__ static uint32_t thread() { return ptx::this_thread(); }
-  __device__ static void sync() { __syncthreads(); }
-  // The bar that exactly the best `count` of scores [n] pass, or up to `slack` more of the next
-  // best; 1 <= count < n. All threads call it, after a barrier.
-  __device__ static Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
-                                 uint32_t count, uint32_t slack = 0);
-};
-
-inline constexpr uint32_t kLowestKey = 0x007fffffU;  // of -inf
-
-// Grows with the score.
+// Grows with the score; at least 0x007fffff, the key of -inf.
 __device__ __forceinline__ uint32_t to_key(float score) {
   const uint32_t bits = __float_as_uint(fmaxf(score, -INFINITY) + 0.0F);
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000U);
@@ -38,9 +26,8 @@ __device__ __forceinline__ float to_score(uint32_t key) {
 }
 
 // Sum over the threads before this one. All threads call it, after a barrier.
-template <class Team>
 __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mine) {
-  const uint32_t thread = Team::thread();
+  const uint32_t thread = ptx::this_thread();
   const int lane = thread % 32;
   const int warp = thread / 32;
   uint32_t up_to = mine;
@@ -50,7 +37,7 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
     if (lane >= step) up_to += other;
   }
   if (lane == 31) memory.sums[0][warp] = up_to;
-  Team::sync();
+  __syncthreads();
   uint32_t before = up_to - mine;
   uint32_t total = 0;
 #pragma unroll
@@ -64,13 +51,12 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
 // Two counts of a warp, the second in the high half: those of the warps before this one, and of all
 // in `total`. All threads call it, with another `parity` than in the call before if no barrier lies
 // between.
-template <class Team>
 __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, uint32_t mine,
                                               uint2& total) {
-  const uint32_t thread = Team::thread();
+  const uint32_t thread = ptx::this_thread();
   const int warp = thread / 32;
   if (thread % 32 == 0) memory.sums[parity][warp] = mine;
-  Team::sync();
+  __syncthreads();
   uint2 before{0, 0};
   total = {0, 0};
 #pragma unroll
@@ -85,11 +71,10 @@ __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, 
 
 // Find the bin with the `need`-th highest of the counted keys, into memory.found; the histogram is
 // zero again. All threads call it, after a barrier; it ends with one.
-template <class Team>
 __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
   constexpr int kBins = kHistogram / kThreads;  // per thread; thread 0 has the highest ones
   static_assert(kBins == 16, "four vectors");
-  const uint32_t first = (kThreads - 1 - Team::thread()) * kBins;
+  const uint32_t first = (kThreads - 1 - ptx::this_thread()) * kBins;
   uint32_t counts[kBins];
   auto* bins = reinterpret_cast<uint4*>(histogram(memory) + first);
   uint32_t sum = 0;
@@ -101,7 +86,7 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
 #pragma unroll
   for (int i = 0; i < kBins; ++i) sum += counts[i];
 
-  uint32_t before = sum_before<Team>(memory, sum);
+  uint32_t before = sum_before(memory, sum);
   if (before < need && need <= before + sum) {
     uint32_t bin = first;
 #pragma unroll
@@ -118,13 +103,21 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
     }
     memory.found = {bin, before, counts[0]};
   }
-  Team::sync();
+  __syncthreads();
 }
 
-// Call `use(score)` for each of scores [n], on all threads together.
-template <class Team, class Use>
-__device__ __forceinline__ void for_each(const float* scores, uint32_t n, Use use) {
+// Count the digits [low, low + width) of the keys of scores [n]; behind the first digit, only of
+// keys whose higher bits are `prefix`.
+template <bool kFirst>
+__device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, uint32_t n, int low,
+                                      int width, uint32_t prefix) {
   constexpr uint32_t kVectors = 2;  // of four scores, in flight
+  const uint32_t bins = ptx::shared_address(histogram);
+  const auto count = [&](float score) {
+    const uint32_t key = to_key(score);
+    const uint32_t digit = key >> low & ((1U << width) - 1);
+    ptx::add(bins + digit * 4, kFirst || key >> (low + width) == prefix ? 1 : 0);  // no branch
+  };
   const auto* vectors = reinterpret_cast<const float4*>(scores);
   const uint32_t whole = n / 4;
   uint32_t slab = 0;
@@ -133,39 +126,29 @@ __device__ __forceinline__ void for_each(const float* scores, uint32_t n, Use us
     float4 vector[kVectors];
 #pragma unroll
     for (uint32_t j = 0; j < kVectors; ++j)
-      vector[j] = vectors[slab + j * kThreads + Team::thread()];
+      vector[j] = vectors[slab + j * kThreads + ptx::this_thread()];
 #pragma unroll
     for (const float4& four : vector)
-      for (const float score : {four.x, four.y, four.z, four.w}) use(score);
+      for (const float score : {four.x, four.y, four.z, four.w}) count(score);
   }
 #pragma unroll 1
-  for (uint32_t i = slab * 4 + Team::thread(); i < n; i += kThreads) use(scores[i]);
+  for (uint32_t i = slab * 4 + ptx::this_thread(); i < n; i += kThreads) count(scores[i]);
 }
 
-// Count the digits [low, low + width) of the keys of scores [n]; behind the first digit, only of
-// keys whose higher bits are `prefix`.
-template <class Team, bool kFirst>
-__device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, uint32_t n, int low,
-                                      int width, uint32_t prefix) {
-  const uint32_t bins = ptx::shared_address(histogram);
-  for_each<Team>(scores, n, [&](float score) {
-    const uint32_t key = to_key(score);
-    const uint32_t digit = key >> low & ((1U << width) - 1);
-    ptx::add(bins + digit * 4, kFirst || key >> (low + width) == prefix ? 1 : 0);  // no branch
-  });
-}
-
-// All candidates from `key` on pass.
+// All candidates from `key` on pass; there are lower ones.
 __device__ __forceinline__ Bar pass_from(uint32_t key) {
   --key;
   if (key == 0x7fffffffU) --key;  // -0, which no score has as its key
   return {to_score(key), 0};
 }
 
-// find_bar(), by the digits of keys: for any scores. The histogram is zero.
-template <class Team>
-__device__ __forceinline__ Bar find_bar_by_digits(SharedMemory& memory, const float* scores,
-                                                  uint32_t n, uint32_t count, uint32_t slack) {
+// The bar that exactly the best `count` of scores [n] pass; 1 <= count < n. All threads call it,
+// after a barrier.
+__device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
+                                        uint32_t count) {
+  for (int i = ptx::this_thread(); i < kHistogram / 4; i += kThreads)
+    reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
+  __syncthreads();
   uint32_t prefix = 0;  // the bits of the bar's key that are known
   uint32_t need = count;
 #pragma unroll 1
@@ -173,25 +156,17 @@ __device__ __forceinline__ Bar find_bar_by_digits(SharedMemory& memory, const fl
     const int low = digit == 0 ? 21 : digit == 1 ? 10 : 0;  // 11 bits, 11 bits, then 10
     const int width = digit == 2 ? 10 : 11;
     if (digit == 0)
-      tally<Team, true>(histogram(memory), scores, n, 21, 11, 0);
+      tally<true>(histogram(memory), scores, n, 21, 11, 0);
     else
-      tally<Team, false>(histogram(memory), scores, n, low, width, prefix);
-    Team::sync();
-    find_bin<Team>(memory, need);
+      tally<false>(histogram(memory), scores, n, low, width, prefix);
+    __syncthreads();
+    find_bin(memory, need);
     const auto found = memory.found;
     prefix = prefix << width | found.bin;
     need -= found.before;
-    if (found.count <= need + slack && prefix << low > kLowestKey) return pass_from(prefix << low);
+    if (found.count == need) return pass_from(prefix << low);  // all of the bin, but not all n
   }
   return {to_score(prefix), need};
-}
-
-__device__ __forceinline__ Bar WholeBlock::find_bar(SharedMemory& memory, const float* scores,
-                                                    uint32_t n, uint32_t count, uint32_t slack) {
-  for (int i = thread(); i < kHistogram / 4; i += kThreads)
-    reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
-  sync();
-  return find_bar_by_digits<WholeBlock>(memory, scores, n, count, slack);
 }
 
 // For each of four groups of four bits, a byte with the number of ones.
@@ -221,21 +196,21 @@ struct LaneCounts {
   __device__ static uint32_t byte(uint32_t four, int i) { return four >> 8 * i & 0xffU; }
 };
 
-// Hand the candidates [0, n) to `write(passes, slot, score, i)`, those that pass the bar in order,
-// slots from 0 on; returns how many. Given `values`, that is values[i] instead of i. `write` may
-// overwrite what candidates come from, since none moves up; it has no branch, see ptx::store_if.
-template <class Team, bool kTies, bool kValues, class Write>
+// Hand the candidates [0, n) that pass the bar to `write(slot, score, i)`, in order, slots from 0
+// on; returns how many. Given `values`, that is values[i] instead of i. `write` may overwrite what
+// candidates come from, since none moves up.
+template <bool kTies, bool kValues, class Write>
 __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores,
                                          const int32_t* values, uint32_t n, Bar bar, Write write) {
   constexpr uint32_t kVectors = 4;  // of four candidates, of a lane in a slab
   constexpr uint32_t kStride = 32 * 4;  // between a lane's vectors
-  const uint32_t lane = Team::thread() % 32;
+  const uint32_t lane = ptx::this_thread() % 32;
   uint32_t above = 0;  // in the slabs so far
   uint32_t equal = 0;
   int parity = 0;
 #pragma unroll 1
   for (uint32_t slab = 0; slab < n; slab += kThreads * kVectors * 4, parity ^= 1) {
-    const uint32_t first = slab + Team::thread() / 32 * kVectors * kStride + lane * 4;
+    const uint32_t first = slab + ptx::this_thread() / 32 * kVectors * kStride + lane * 4;
     float score[kVectors][4];
     int32_t value[kVectors][4];
     uint32_t is_above = 0;  // a bit for each candidate
@@ -268,8 +243,7 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
     const LaneCounts counts(count_ones(is_above), lane);
     const LaneCounts tie_counts(kTies ? count_ones(is_equal) : 0, lane);
     uint2 total;
-    const uint2 before =
-        sum_of_warps<Team>(memory, parity, counts.sum() | tie_counts.sum() << 16, total);
+    const uint2 before = sum_of_warps(memory, parity, counts.sum() | tie_counts.sum() << 16, total);
     uint32_t taken = above + before.x;  // before the vector
     uint32_t ties = equal + before.y;
 #pragma unroll
@@ -280,8 +254,8 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
       for (uint32_t j = 0; j < 4; ++j) {
         const bool passes = (is_above >> (4 * v + j) & 1) != 0;
         const bool tie = kTies && (is_equal >> (4 * v + j) & 1) != 0;
-        write(passes || (tie && rank < bar.ties), slot + min(rank, bar.ties), score[v][j],
-              value[v][j]);
+        if (passes || (tie && rank < bar.ties))
+          write(slot + min(rank, bar.ties), score[v][j], value[v][j]);
         slot += passes;
         rank += tie;
       }
@@ -291,16 +265,91 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
     above += total.x;
     equal += total.y;
   }
-  Team::sync();
+  __syncthreads();
   return above + min(equal, bar.ties);
 }
 
 // move(), for any bar. All threads call it, after a barrier; it ends with one.
-template <class Team, bool kValues, class Write>
+template <bool kValues, class Write>
 __device__ __forceinline__ uint32_t pass(SharedMemory& memory, const float* scores,
                                          const int32_t* values, uint32_t n, Bar bar, Write write) {
-  return bar.ties > 0 ? move<Team, true, kValues>(memory, scores, values, n, bar, write)
-                      : move<Team, false, kValues>(memory, scores, values, n, bar, write);
+  return bar.ties > 0 ? move<true, kValues>(memory, scores, values, n, bar, write)
+                      : move<false, kValues>(memory, scores, values, n, bar, write);
+}
+
+// Move the chunk of positions from `begin` on into the buffer, as far as it passes the bar that
+// the stage's best so far have set. If it might not fit, the buffer is cut to the best `count`
+// first, and the bar rises. All threads call it, after a barrier; it ends with one.
+__device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t begin) {
+  const Region region = memory.region;
+  const Source source = memory.stage.source;
+  const uint32_t n = chunk_at(memory, begin);
+  float* scores = region.buffer_scores();
+  int32_t* values = region.buffer_values();
+  const auto store = [&](uint32_t slot, float score, int32_t value) {
+    scores[slot] = score;
+    values[slot] = value;
+  };
+  uint32_t size = memory.buffered;
+  Bar bar = memory.bar;
+  if (size + n > region.capacity) {
+    bar = find_bar(memory, scores, size, memory.stage.count);
+    size = pass<true>(memory, scores, values, size, bar, store);
+    bar.ties = 0;  // later candidates lose a tie
+  }
+  const uint32_t base = size;
+  size += pass<false>(memory, region.scores, nullptr, n, bar,
+                      [&](uint32_t slot, float score, int32_t i) {
+                        store(base + slot, score, source.value(begin + i));
+                      });
+  if (ptx::this_thread() == 0) {
+    memory.buffered = size;
+    memory.bar = bar;
+  }
+  __syncthreads();
+}
+
+// Write the best `count` of a stage, whose candidates are all scored. All threads call it, after a
+// barrier; it ends with one.
+__device__ __forceinline__ void write_best(SharedMemory& memory) {
+  const Region region = memory.region;
+  const Stage stage = memory.stage;
+  const bool whole = region.holds(stage.source);
+  float* scores = whole ? region.scores : region.buffer_scores();
+  const uint32_t size = whole ? stage.source.size : memory.buffered;
+  const Bar bar = size > stage.count ? find_bar(memory, scores, size, stage.count) : Bar{};
+  const auto write_score = [&](uint32_t slot, float score) {
+    if (stage.scores != nullptr) stage.scores[slot] = score;
+  };
+  if (whole) {  // where they are first, since what they are takes longer to find out
+    const uint32_t found =
+        pass<false>(memory, scores, nullptr, size, bar, [&](uint32_t slot, float score, int32_t i) {
+          write_score(slot, score);
+          scores[slot] = __int_as_float(i);
+        });
+    for (uint32_t slot = ptx::this_thread(); slot < found; slot += kThreads)
+      stage.values[slot] = stage.source.value(__float_as_uint(scores[slot]));
+    __syncthreads();
+  } else {
+    pass<true>(memory, scores, region.buffer_values(), size, bar,
+               [&](uint32_t slot, float score, int32_t value) {
+                 write_score(slot, score);
+                 stage.values[slot] = value;
+               });
+  }
+}
+
+// Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots.
+__device__ __forceinline__ void finish_row(const Output& output, int64_t m, const Stage& stage,
+                                           bool scored) {
+  int32_t* indices = output.indices + m * output.topk;
+  if (!scored)
+    for (uint32_t i = ptx::this_thread(); i < stage.count; i += kThreads)
+      indices[i] = stage.source.value(i);
+  for (int64_t i = stage.count + ptx::this_thread(); i < output.topk; i += kThreads) {
+    indices[i] = -1;
+    if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
+  }
 }
 
 }  // namespace hisa::cuda

@@ -5,6 +5,8 @@
 
 namespace hisa::cuda {
 
+inline constexpr uint32_t kLowestKey = 0x007fffffU;  // of -inf
+
 // Two keys with the bar between them: `low` is reached by at least `count` candidates, `high` by
 // fewer.
 struct Bracket {

@@ -90,13 +90,9 @@ int select_best(const float* scores, int64_t n, int64_t count, int64_t chunk, in
       const uint32_t part = chunk_at(memory, begin);
       for (uint32_t i = threadIdx.x; i < part; i += kThreads) region.scores[i] = scores[begin + i];
       __syncthreads();
-      if (!region.holds(memory.stage.source))
-        add_to_buffer<WholeBlock>(memory, region.scores, part, begin);
+      if (!region.holds(memory.stage.source)) add_to_buffer(memory, begin);
     }
-    if (region.holds(memory.stage.source))
-      write_best_of<WholeBlock>(memory, region.scores);
-    else
-      write_best_of_buffer<WholeBlock>(memory);
+    write_best(memory);
   };
   try {
     simt::Block(kThreads, 0, 1, seed).run(kernel);

@@ -1,7 +1,6 @@
 // The warpgroup that selects: from chunks, a row at a time.
 #pragma once
 
-#include "../select_stage.cuh"
 #include "shared.cuh"
 
 namespace hisa::cuda::sm90 {
@@ -112,7 +111,7 @@ class Selector {
     if (params_.work == Work::kCoarse)
       list_forced_blocks(params_, row, m, SelectorTeam::thread(), kThreads);
     else
-      finish_row<SelectorTeam>(params_.rows.output, m, row.stage, row.scored);
+      finish_row(params_.rows.output, m, row.stage, row.scored);
   }
 
   const Params& params_;

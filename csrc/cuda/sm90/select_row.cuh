@@ -1,4 +1,4 @@
-// What a stage selects; as ../select_stage.cuh does, of candidates that are Held or Stored.
+// What a stage selects, of candidates that are Held or Stored.
 #pragma once
 
 #include "candidates.cuh"
