@@ -67,7 +67,7 @@ __global__ __launch_bounds__(kMaxDim) void pool_kernel(const __grid_constant__ P
     };
     const bool mean = params.pooling == Pooling::kMean;
     channel = mean ? 0.0F : load(0);
-#pragma unroll 8
+#pragma unroll 32  // loads on their way
     for (int64_t i = 0; i < params.block_size; ++i)
       channel = mean ? __fadd_rn(channel, load(i)) : larger(channel, load(i));
     if (mean) channel = __fdiv_rn(channel, static_cast<float>(params.block_size));
