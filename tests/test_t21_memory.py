@@ -5,6 +5,7 @@ Catches an [M, N] or [M, H, N] tensor anywhere, a workspace that grows with M or
 
 from __future__ import annotations
 
+import gc
 import itertools
 import resource
 import subprocess
@@ -185,6 +186,12 @@ def cuda_call(call: tuple[str, int, int, int, int, int, int, bool], dtype: torch
     if "wgmma" in "".join(plan.kernels.values()):
         q = q.contiguous()
     return lambda: getattr(hisa, op)(q, k, weights, **options, **sizes), plan
+
+
+@pytest.fixture(autouse=True)
+def no_garbage() -> None:
+    """Free what earlier tests left in cycles now, and not while memory is measured."""
+    gc.collect()
 
 
 def requested(when: str = "current") -> int:
