@@ -90,6 +90,32 @@ def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
         assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("heads", [32, 64])
+def test_either_refinement(heads: int, alike: bool) -> None:
+    """So many rows that the GPU chooses: neighbours with the same blocks, and with others."""
+    rows = 32 * torch.cuda.get_device_properties(0).multi_processor_count + 5
+    size = 64
+    case = exact_case(heads, dtype=torch.float8_e4m3fn, M=rows, N=20 * size, H=heads, D=64, B=size,
+                      block_topk=4, topk=size + 1, cu_seqlens_k=None, ks=None)  # fmt: skip
+    if alike:
+        case = case.replace(q=case.q[:1].expand(rows, -1, -1).contiguous(),
+                            weights=case.weights[:1].expand(rows, -1).contiguous())  # fmt: skip
+    case = case.replace(ke=int32([20 * size - (13 * m) % (8 * size) for m in range(rows)]))
+    got, want = CUDA.index(case), CPU.index(case)
+    assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("power", [-126, 98, 112])
+def test_huge_and_tiny_weights(power: int) -> None:
+    """The same bits from a kernel that scales the weights up, and from one that does not."""
+    case = exact_case(2, dtype=torch.float8_e4m3fn, M=4, N=700, H=64, D=64, B=64, block_topk=11,
+                      topk=100, cu_seqlens_k=None, ks=None)  # fmt: skip
+    weights = case.weights.clone()
+    weights[1:3] *= 2.0**power
+    check(case.replace(weights=weights))
+
+
 @pytest.mark.parametrize("blocks", [400, 900, 3000])
 def test_select_blocks(blocks: int) -> None:
     """One warp selects among up to 512 blocks, or 1024; beyond that all of them do."""
@@ -153,3 +179,56 @@ def test_rows_on_top_of_each_other(
     """The same for rows that the copy engine cannot bring where they are."""
     monkeypatch.setattr(builders, "shapes", "hopper")
     test(CUDA, dtype)
+
+
+def random_call(seed: int) -> Callable[[], torch.Tensor]:
+    """A call on normal inputs of a random shape, op, dtype and number of heads."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    pick = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[seed % 2]
+    heads = (16, 32, 64, 128)[seed // 2 % 4]
+    rows, keys = (int(torch.randint(1, most, (), generator=pick)) for most in (600, 6000))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    q, k = (normal(*shape).to(dtype) for shape in ((rows, heads, 128), (keys, 128)))
+    weights = normal(rows, heads)
+    ke = (torch.rand(rows, generator=generator, device="cuda") * keys).int()
+    if seed % 3 == 0:
+        return lambda: hisa.flat_index(q, k, weights, ke=ke, topk=300)
+    return lambda: hisa.index(q, k, weights, ke=ke, topk=300, block_size=64, block_topk=8)
+
+
+@pytest.mark.long
+@pytest.mark.seconds(600)
+def test_soak() -> None:
+    """100,000 launches of 50 calls, in random order: a result is always the first one's bits."""
+    calls = [random_call(seed) for seed in range(50)]
+    want = [call() for call in calls]
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for number in torch.randint(
+        50, (100_000,), generator=torch.Generator().manual_seed(0)
+    ).tolist():
+        wrong += (calls[number]() != want[number]).any()
+    assert wrong.item() == 0
+
+
+def test_half_of_the_multiprocessors() -> None:
+    """Another kernel holds half of them for longer than all calls take: none waits for it."""
+    held = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    q = torch.randn(2 * held, 64, 128, device="cuda").to(torch.float8_e4m3fn)
+    k = torch.randn(2**21, 128, device="cuda").to(torch.float8_e4m3fn)
+    weights = torch.randn(2 * held, 64, device="cuda")
+    calls = [random_call(seed) for seed in range(1, 9)]
+    want = [call() for call in calls]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # two rows to a block of threads, one to a multiprocessor
+        for _ in range(3):
+            hisa.flat_index(q, k, weights, topk=2048)
+    got = [call() for call in calls]
+    torch.cuda.current_stream().synchronize()
+    assert not stream.query(), "the other kernel ended too early to show anything"
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -19,7 +19,7 @@ from tests import builders, oracle
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.simt import Hopper, build, select_best
+from tests.simt import Hopper, build, pairs_pay, select_best
 
 pytestmark = [
     pytest.mark.seconds(300),
@@ -69,6 +69,47 @@ def test_pairs_of_rows(library: ctypes.CDLL, heads: int, size: int) -> None:
         assert_same(Hopper(library, multiprocessors=1 + seed).index(case), oracle.index(case))
 
 
+@pytest.mark.parametrize(("common", "pay"), [(64, True), (43, True), (42, False), (0, False)])
+def test_pairs_or_single_rows(library: ctypes.CDLL, common: int, pay: bool) -> None:
+    """Pairs, if two thirds of the blocks are common, wherever those are in the lists."""
+    generator = torch.Generator().manual_seed(common)
+    rows, size, number = 200, 128, 1000
+    blocks = torch.empty(rows, 64, dtype=torch.int32)
+    for pair in range(rows // 2):
+        mixed = torch.randperm(number, generator=generator)
+        for row in range(2):
+            alone = mixed[64 + 64 * row :][: 64 - common]
+            of_row = torch.cat([mixed[:common], alone]).sort().values
+            blocks[2 * pair + row] = of_row * size
+    assert pairs_pay(library, blocks, number * size, size) == pay
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("alike", [True, False])
+def test_either_refinement(library: ctypes.CDLL, heads: int, alike: bool) -> None:
+    """So many rows that the GPU chooses: neighbours with the same blocks, and with others."""
+    rows, size = 34, 64
+    generator = torch.Generator().manual_seed(heads)
+    case = exact_case(heads, dtype=FP8, M=rows, N=12 * size, H=heads, D=64, B=size, block_topk=4,
+                      topk=size + 1, cu_seqlens_k=None, ks=None, ke=None)  # fmt: skip
+    if alike:
+        case = case.replace(q=case.q[:1].expand(rows, -1, -1).contiguous(),
+                            weights=case.weights[:1].expand(rows, -1).contiguous())  # fmt: skip
+    case = case.replace(ke=int32(torch.randint(9 * size, 12 * size, (rows,), generator=generator)))
+    assert_same(Hopper(library, multiprocessors=1).index(case), oracle.index(case))
+
+
+@pytest.mark.parametrize("power", [-126, 98, 112])
+def test_huge_and_tiny_weights(library: ctypes.CDLL, power: int) -> None:
+    """The same bits from a kernel that scales the weights up, and from one that does not."""
+    case = exact_case(2, dtype=FP8, M=4, N=700, H=64, D=64, B=64, block_topk=11, topk=100,
+                      cu_seqlens_k=None, ks=None)  # fmt: skip
+    weights = case.weights.clone()
+    weights[1:3] *= 2.0**power
+    case = case.replace(weights=weights)
+    check(Hopper(library), case, 0)
+
+
 @pytest.mark.parametrize(
     "seeds", [range(12), pytest.param(range(400), marks=[pytest.mark.long])], ids=["few", "many"]
 )
@@ -86,14 +127,18 @@ def test_fuzz(
 
 @pytest.mark.parametrize("shared", [232448, 170000])
 @pytest.mark.parametrize("topk", [1, 600, 3000])
-def test_flat_in_chunks(library: ctypes.CDLL, shared: int, topk: int) -> None:
-    """Windows that begin and end in different chunks; a buffer on the chip and in memory."""
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+def test_flat_in_chunks(library: ctypes.CDLL, shared: int, topk: int, heads: int) -> None:
+    """Windows that begin and end in different chunks; a buffer on the chip and in memory.
+
+    Of groups of four, two and one row.
+    """
     windows: dict[str, Any] = {
         "ks": int32([0, 5, 70, 9, 5000]),
         "ke": int32([7000, 6999, 4001, 9, 7000]),
     }
     for dtype in (FP8, BF16):
-        case = exact_case(3, dtype=dtype, M=5, N=7000, H=16, D=64, topk=topk, B=8,
+        case = exact_case(3, dtype=dtype, M=5, N=7000, H=heads, D=64, topk=topk, B=8,
                           cu_seqlens_k=None, **windows)  # fmt: skip
         got = Hopper(library, shared).flat_index(case, seed=topk)
         assert_same(got, oracle.flat_index(case))

@@ -339,14 +339,16 @@ __device__ __forceinline__ void write_best(SharedMemory& memory) {
   }
 }
 
-// Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots.
+// Tokens whose scores nobody needs, since all of them are selected; and -1 in unused slots. The
+// first kCount threads of the block call it.
+template <int kCount = kThreads>
 __device__ __forceinline__ void finish_row(const Output& output, int64_t m, const Stage& stage,
                                            bool scored) {
   int32_t* indices = output.indices + m * output.topk;
   if (!scored)
-    for (uint32_t i = ptx::this_thread(); i < stage.count; i += kThreads)
+    for (uint32_t i = ptx::this_thread(); i < stage.count; i += kCount)
       indices[i] = stage.source.value(i);
-  for (int64_t i = stage.count + ptx::this_thread(); i < output.topk; i += kThreads) {
+  for (int64_t i = stage.count + ptx::this_thread(); i < output.topk; i += kCount) {
     indices[i] = -1;
     if (output.scores != nullptr) output.scores[m * output.topk + i] = -INFINITY;
   }

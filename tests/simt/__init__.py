@@ -129,3 +129,16 @@ def select_best(
     if failed:
         raise RuntimeError(text.value.decode())
     return positions, chosen
+
+
+def pairs_pay(library: ctypes.CDLL, blocks: Tensor, keys: int, block_size: int) -> bool:
+    """Whether the GPU refines by pairs rows that keep these blocks: first tokens, [rows, kept]."""
+    text = ctypes.create_string_buffer(500)
+    pay = library.pairs_pay(
+        ctypes.c_void_p(blocks.data_ptr()), ctypes.c_int64(blocks.shape[0]), ctypes.c_int64(keys),
+        ctypes.c_int64(blocks.shape[1]), ctypes.c_int64(block_size),
+        text, ctypes.c_int64(len(text)),
+    )  # fmt: skip
+    if pay < 0:
+        raise RuntimeError(text.value.decode())
+    return bool(pay)

@@ -66,6 +66,28 @@ int emulate(const Call* call, char* text, int64_t size) {
   }
 }
 
+// Whether rows are refined by pairs, given the blocks of each, [rows, kept].
+int pairs_pay(const int32_t* blocks, int64_t rows, int64_t keys, int64_t kept, int64_t block_size,
+              char* text, int64_t size) {
+  using namespace hisa::cuda;
+  sm90::Params params{};
+  params.rows.queries.rows = rows;
+  params.rows.keys.count = keys;
+  params.rows.kept = params.rows.block_topk = kept;
+  params.rows.block_shift = std::countr_zero(static_cast<uint64_t>(block_size));
+  params.kept = const_cast<int32_t*>(blocks);
+  auto& votes = *reinterpret_cast<uint32_t*>(sm90::start);
+  votes = 0;
+  bool pay = false;
+  try {
+    simt::Block(640, 0, 1, 0).run([&] { pay = sm90::pairs_pay(params, votes); });
+    return pay ? 1 : 0;
+  } catch (const std::exception& error) {
+    std::snprintf(text, static_cast<size_t>(size), "%s", error.what());
+    return -1;
+  }
+}
+
 // The best `count` of scores [n], by csrc/cuda/select.cuh: at once, or with a chunk and a buffer.
 int select_best(const float* scores, int64_t n, int64_t count, int64_t chunk, int64_t capacity,
                 uint64_t seed, int32_t* positions, float* chosen, char* text, int64_t size) {

@@ -47,21 +47,51 @@ __device__ __forceinline__ T load(uint32_t address) {
   }
 }
 
-// 4 bytes to any address, if `wanted`, without a branch.
-template <class T>
-__device__ __forceinline__ void store_if(bool wanted, T* to, T x) {
-  static_assert(sizeof(T) == 4);
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.b32 [%0], %1; }" ::"l"(to),
-               "r"(std::bit_cast<uint32_t>(x)), "r"(static_cast<uint32_t>(wanted))
-               : "memory");
-}
-
-// Likewise to an address in shared memory.
+// 4 bytes, if `wanted`, without a branch.
 __device__ __forceinline__ void store_if(bool wanted, uint32_t to, float x) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.f32 [%0], %1; }" ::"r"(to),
                "f"(x), "r"(static_cast<uint32_t>(wanted))
                : "memory");
 }
+
+// An array of elements of 4 bytes in shared memory, which begins at a multiple of 16.
+template <class T>
+struct SharedArray {
+  uint32_t address;
+
+  __device__ __forceinline__ explicit SharedArray(const T* data) : address(shared_address(data)) {}
+  // The four from i on; i is a multiple of 4.
+  __device__ __forceinline__ void load_4(uint32_t i, T (&x)[4]) const {
+    const uint4 four = load_16(address + i * 4);
+    x[0] = std::bit_cast<T>(four.x), x[1] = std::bit_cast<T>(four.y);
+    x[2] = std::bit_cast<T>(four.z), x[3] = std::bit_cast<T>(four.w);
+  }
+  __device__ __forceinline__ void skip(uint32_t n) { address += n * 4; }
+  __device__ __forceinline__ T load(uint32_t i) const { return ptx::load<T>(address + i * 4); }
+  // Write the first one and skip it, unless `wanted` is 0, without a branch.
+  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b32 [%0], %1; @p add.u32 %0, %0, 4; }"
+        : "+r"(address)
+        : "r"(std::bit_cast<uint32_t>(x)), "r"(wanted)
+        : "memory");
+  }
+};
+
+// The same for any memory.
+template <class T>
+struct Array {
+  T* data;
+
+  __device__ __forceinline__ explicit Array(T* data) : data(data) {}
+  __device__ __forceinline__ void load_4(uint32_t i, T (&x)[4]) const {
+    for (int j = 0; j < 4; ++j) x[j] = data[i + j];
+  }
+  __device__ __forceinline__ void skip(uint32_t n) { data += n; }
+  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
+    if (wanted != 0) *data++ = x;
+  }
+};
 
 // Add x, for any number of threads at once.
 __device__ __forceinline__ void add(uint32_t address, uint32_t x) {

@@ -19,7 +19,10 @@ __device__ __forceinline__ float here(float x) {
   return x;
 }
 
-// A barrier of one warpgroup. PTX ISA, "Parallel Synchronization: bar.sync".
-__device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// A barrier of some threads of a block. PTX ISA, "Parallel Synchronization: bar.sync".
+template <int kThreads>
+__device__ __forceinline__ void sync_some() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
 
 }  // namespace hisa::cuda::ptx

@@ -1,21 +1,30 @@
 // A row's candidates, and which of them pass a bar. Shared memory is busy with the operands of
-// products, so up to 8192 scores are read once, into the registers of a warpgroup, and looked at
-// there as often as need be. Beyond that they stay where they are.
+// products, so up to 8192 scores are read once, into registers, and looked at there as often as
+// need be. Beyond that they stay where they are.
 #pragma once
 
-#include "../select_bracket.cuh"
+#include <type_traits>
+
+#include "../ptx/shared.cuh"
+#include "search.cuh"
 
 namespace hisa::cuda::sm90 {
 
-// What the warps of the team tell each other.
+// The threads that select: the first ones of a block.
+inline constexpr uint32_t kSelectors = 128;
+inline constexpr uint32_t kSelectorWarps = kSelectors / 32;
+__device__ __forceinline__ uint32_t selector() { return ptx::this_thread(); }
+__device__ __forceinline__ void sync_selectors() { ptx::sync_some<kSelectors>(); }
+
+// What their warps tell each other.
 struct alignas(16) Counts {
-  uint32_t ends[2][kWarps];
-  uint32_t sums[2][kWarps];
-  uint32_t passing[4][kWarps];  // of four slabs each: see LaneCounts
+  float spread[2][kSelectorWarps];
+  uint32_t sums[2][kSelectorWarps];
+  uint32_t passing[4][kSelectorWarps];  // of four slabs each: see LaneCounts
 };
 
 // Candidates lie in slabs of 512; a thread has four adjacent ones of each.
-inline constexpr uint32_t kSlab = kThreads * 4;
+inline constexpr uint32_t kSlab = kSelectors * 4;
 
 // Of those that equal the bar, the ones before position `before` pass.
 struct Cut {
@@ -30,96 +39,145 @@ struct Cut {
   }
 };
 
-// A sum over the team, with a barrier. Two calls in a row have different turns, 0 and 1.
-template <class Team>
+// A sum over all of them, with a barrier. Two calls in a row have different turns, 0 and 1.
 __device__ __forceinline__ uint32_t sum(Counts& counts, uint32_t turn, uint32_t mine) {
   mine = __reduce_add_sync(~0U, mine);
-  if (Team::thread() % 32 == 0) counts.sums[turn][Team::thread() / 32] = mine;
-  Team::sync();
-  const uint4 four = *reinterpret_cast<const uint4*>(counts.sums[turn]);
-  return four.x + four.y + four.z + four.w;
+  if (selector() % 32 == 0) counts.sums[turn][selector() / 32] = mine;
+  sync_selectors();
+  uint32_t total = 0;
+#pragma unroll
+  for (const uint32_t of_warp : counts.sums[turn]) total += of_warp;
+  return total;
+}
+
+// Likewise of how many lie before a thread, given how many it has; `total` of all.
+__device__ __forceinline__ uint32_t sum_before(Counts& counts, uint32_t turn, uint32_t mine,
+                                               uint32_t& total) {
+  const uint32_t warp = selector() / 32;
+  const LaneCounts lanes(mine, selector() % 32);
+  if (selector() % 32 == 0) counts.sums[turn][warp] = lanes.total;
+  sync_selectors();
+  uint32_t before = lanes.before;
+  total = 0;
+#pragma unroll
+  for (uint32_t w = 0; w < kSelectorWarps; ++w) {
+    const uint32_t of_warp = counts.sums[turn][w];
+    if (w < warp) before += of_warp;
+    total += of_warp;
+  }
+  return before;
 }
 
 // Make what lies behind the last of scores [n], up to a multiple of 4, pass no bar; positions may
 // be null. All threads call it; it ends with a barrier.
-template <class Team>
 __device__ __forceinline__ void pad(float* scores, int32_t* positions, uint32_t n) {
-  const uint32_t at = n + Team::thread();
+  const uint32_t at = n + selector();
   if (at < (n + 3) / 4 * 4) {
     scores[at] = NAN;
     if (positions != nullptr) positions[at] = 0;
   }
-  Team::sync();
+  sync_selectors();
 }
 
-// In registers, up to kSlabs of them.
-template <class Team, int kSlabs>
+// A bit for each of 16 numbers of which it is true. They are the low bits of a float, since a
+// comparison and a multiply-add are two instructions.
+template <class IsWanted>
+__device__ __forceinline__ uint32_t find_16(IsWanted is_wanted) {
+  float bits = 0x1p23F;
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    bits = fmaf(is_wanted(i) ? 1.0F : 0.0F, static_cast<float>(1 << i), bits);
+  return __float_as_uint(bits) & 0xffffU;
+}
+
+// For for_slabs().
+struct Nothing {
+  __device__ void operator()(int, uint32_t) const {}
+};
+
+// In registers, up to kSlabs of them; scores lie in shared memory.
+template <int kSlabs>
 class Held {
   static constexpr int kQuads = kSlabs / 4;  // of slabs: 16 candidates of a thread
   static_assert(kSlabs % 4 == 0 && kSlabs <= 16);
 
  public:
   static constexpr uint32_t kMost = kSlabs * kSlab;
+  template <class T>
+  using Array = ptx::SharedArray<T>;
 
   // Of scores [n], n <= kMost, see pad().
-  __device__ __forceinline__ Held(const float* scores, uint32_t n) {
+  __device__ __forceinline__ Held(Array<float> scores, uint32_t n) : whole_(n / kSlab) {
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s) {
-      const uint32_t at = s * kSlab + Team::thread() * 4;
-      float4 four{NAN, NAN, NAN, NAN};
-      if (at < n) four = *reinterpret_cast<const float4*>(scores + at);
-      score_[s][0] = four.x, score_[s][1] = four.y, score_[s][2] = four.z, score_[s][3] = four.w;
+      const uint32_t at = s * kSlab + selector() * 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) score_[s][j] = NAN;
+      if (at < n) scores.load_4(at, score_[s]);
     }
   }
 
+  // use(score) for some of the candidates, from all over; how many those are of all threads.
   template <class Use>
-  __device__ __forceinline__ void for_each(Use use) const {
+  __device__ __forceinline__ uint32_t sample(Use use) const {
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s)
+      if (s < whole_) use(score_[s][s % 4]);
+    return whole_ * kSelectors;
+  }
+
+  // Mark those above a bar; how many of this thread's are.
+  __device__ __forceinline__ uint32_t mark(float bar) {
+    marked_ = bar;
+    uint32_t number = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) use(score_[s][j], s * kSlab + Team::thread() * 4 + j);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      passes_[quad] = find_in(quad, [&](float score) { return score > bar; });
+      number += static_cast<uint32_t>(__popc(passes_[quad]));
+    }
+    return number;
   }
 
   // Find out which of them pass; returns how many. It ends with a barrier.
   __device__ __forceinline__ uint32_t pass(Counts& counts, Cut cut) {
-    const uint32_t lane = Team::thread() % 32;
+    const uint32_t lane = selector() % 32;
     uint32_t total = 0;
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) passes_[quad] = 0;
-    mark([&](float score, uint32_t) { return cut.bar.below(score); });
-    if (cut.before > 0)
-      mark([&](float score, uint32_t position) {
-        // One after the other, or the compiler runs out of registers.
-        return Cut{{ptx::here(cut.bar.score), 0}, cut.before}.ties(score, position);
-      });
+    if (!(marked_ == cut.bar.score)) mark(cut.bar.score);
+    if (cut.before > 0) mark_ties(cut);
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
       const LaneCounts mine(count_ones(passes_[quad]), lane);
       before_[quad] = mine.before;
-      if (lane == 0) counts.passing[quad][Team::thread() / 32] = mine.total;
+      if (lane == 0) counts.passing[quad][selector() / 32] = mine.total;
     }
-    Team::sync();
+    sync_selectors();
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad)
 #pragma unroll
-      for (uint32_t w = 0; w < kWarps; ++w)
+      for (uint32_t w = 0; w < kSelectorWarps; ++w)
         total = __dp4a(counts.passing[quad][w], 0x01010101U, total);
     return total;
   }
 
-  // use(position, score, bits, slot) for each slab in order: of its first candidate of this thread;
-  // the scores of the four, a bit for each that passes, and the slot of the first one that does.
-  template <class Use>
-  __device__ __forceinline__ void for_slabs(Counts& counts, Use use) const {
-    const uint32_t warp = Team::thread() / 32;
+  // For each slab in order use(i, at, score, bits, slot): its first candidate of this thread; the
+  // scores of the four, a bit for each that passes, and the slot of the first one that does. Before
+  // that prepare(i, at) for four slabs, 0 <= i < 4, and a barrier.
+  template <class Prepare, class Use>
+  __device__ __forceinline__ void for_slabs(Counts& counts, Prepare prepare, Use use) const {
+    const uint32_t warp = selector() / 32;
     uint32_t slot = 0;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      // Two counts in a word each, since four warps' do not fit into a byte.
+      if constexpr (!std::is_same_v<Prepare, Nothing>) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) prepare(i, (quad * 4 + i) * kSlab + selector() * 4);
+        sync_selectors();
+      }
+      // Two counts in a word each, since those of all warps do not fit into a byte.
       uint32_t before[2] = {before_[quad] & 0xff00ffU, before_[quad] >> 8 & 0xff00ffU};
       uint32_t all[2] = {0, 0};
 #pragma unroll
-      for (uint32_t w = 0; w < kWarps; ++w) {
+      for (uint32_t w = 0; w < kSelectorWarps; ++w) {
         const uint32_t four = counts.passing[quad][w];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -131,7 +189,7 @@ class Held {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int s = quad * 4 + i;
-        use(s * kSlab + Team::thread() * 4, score_[s], passes_[quad] >> i * 4,
+        use(i, s * kSlab + selector() * 4, score_[s], passes_[quad] >> i * 4,
             slot + (before[i % 2] >> i / 2 * 16 & 0xffffU));
         slot += all[i % 2] >> i / 2 * 16 & 0xffffU;
       }
@@ -139,48 +197,75 @@ class Held {
   }
 
  private:
-  template <class Wanted>
-  __device__ __forceinline__ void mark(Wanted wanted) {
-#pragma unroll
-    for (int s = 0; s < kSlabs; ++s)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        passes_[s / 4] |=
-            wanted(score_[s][j], s * kSlab + Team::thread() * 4 + j) ? 1U << (s % 4 * 4 + j) : 0U;
+  // A bit for each of the candidates of a quad of which it is true.
+  template <class IsWanted>
+  __device__ __forceinline__ uint32_t find_in(int quad, IsWanted is_wanted) const {
+    return find_16([&](int i) { return is_wanted(score_[quad * 4 + i / 4][i % 4]); });
   }
 
+  // Of those that are not above the bar, mark what equals it before position cut.before.
+  __device__ __forceinline__ void mark_ties(Cut cut) {
+    const bool lowest = cut.bar.score == -INFINITY;  // which NaN equals too
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const float bar = ptx::here(cut.bar.score);  // quad by quad, or there are too few registers
+      uint32_t equal = find_in(quad, [&](float score) { return score == bar; });
+      if (lowest) equal = ~passes_[quad];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t at = (quad * 4 + i) * kSlab + selector() * 4;
+        const uint32_t before = cut.before > at ? min(cut.before - at, 4U) : 0;
+        passes_[quad] |= equal & ((1U << before) - 1) << 4 * i;
+      }
+    }
+  }
+
+  int whole_;  // slabs without a gap
+  float marked_ = NAN;  // the bar that was marked last
   float score_[kSlabs][4];
   uint32_t passes_[kQuads];  // a bit for each
   uint32_t before_[kQuads];  // how many pass of the lanes before, of each slab
 };
 
-// In memory, any number. Slower, and little code.
-template <class Team>
+// In any memory, any number. Slower, and little code.
 class Stored {
  public:
-  __device__ Stored(const float* scores, uint32_t n) : scores_(scores), n_(n) {}
+  template <class T>
+  using Array = ptx::Array<T>;
+
+  __device__ Stored(Array<float> scores, uint32_t n) : scores_(scores.data), n_(n) {}
 
   template <class Use>
   __device__ __forceinline__ void for_each(Use use) const {
 #pragma unroll 1
-    for (uint32_t i = Team::thread(); i < n_; i += kThreads) use(scores_[i], i);
+    for (uint32_t i = selector(); i < n_; i += kSelectors) use(scores_[i], i);
+  }
+  template <class Use>
+  __device__ __forceinline__ uint32_t sample(Use use) const {
+    const uint32_t step = n_ / kSlab;
+#pragma unroll 1
+    for (uint32_t i = 0; step > 0 && i < 4; ++i) use(scores_[(i * kSelectors + selector()) * step]);
+    return step > 0 ? kSlab : 0;
+  }
+  __device__ __forceinline__ uint32_t mark(float bar) {
+    uint32_t number = 0;
+    for_each([&](float score, uint32_t) { number += score > bar; });
+    return number;
   }
   __device__ __forceinline__ uint32_t pass(Counts& counts, Cut cut) {
     cut_ = cut;
     uint32_t mine = 0;
     for_each([&](float score, uint32_t i) { mine += cut.passes(score, i); });
-    Team::sync();  // the last sum may have had the same turn
-    return sum<Team>(counts, 0, mine);
+    sync_selectors();  // the last sum may have had the same turn
+    return sum(counts, 0, mine);
   }
-  template <class Use>
-  __device__ __forceinline__ void for_slabs(Counts& counts, Use use) const {
-    const uint32_t lane = Team::thread() % 32;
-    const uint32_t warp = Team::thread() / 32;
+  template <class Prepare, class Use>
+  __device__ __forceinline__ void for_slabs(Counts& counts, Prepare prepare, Use use) const {
     uint32_t slot = 0;
-    uint32_t turn = 0;
+    uint32_t turn = 1;
 #pragma unroll 1
     for (uint32_t slab = 0; slab < n_; slab += kSlab, turn ^= 1) {
-      const uint32_t at = slab + Team::thread() * 4;
+      const uint32_t at = slab + selector() * 4;
       float score[4];
       uint32_t bits = 0;
 #pragma unroll
@@ -188,16 +273,11 @@ class Stored {
         score[j] = at + j < n_ ? scores_[at + j] : 0.0F;
         bits |= at + j < n_ && cut_.passes(score[j], at + j) ? 1U << j : 0U;
       }
-      const LaneCounts mine(__popc(bits), lane);
-      uint32_t* passing = counts.passing[turn];  // someone may still read those of the slab before
-      if (lane == 0) passing[warp] = mine.total;
-      Team::sync();
-      uint32_t first = slot + mine.before;
-      for (uint32_t w = 0; w < kWarps; ++w) {
-        if (w < warp) first += passing[w];
-        slot += passing[w];
-      }
-      use(at, score, bits, first);
+      uint32_t total = 0;
+      prepare(0, at);
+      const uint32_t before = sum_before(counts, turn, static_cast<uint32_t>(__popc(bits)), total);
+      use(0, at, score, bits, slot + before);
+      slot += total;
     }
   }
 
@@ -207,67 +287,49 @@ class Stored {
   Cut cut_;
 };
 
-// The key of the least of n scores; and in `above` the one behind that of the greatest.
-template <class Team, class Scores>
-__device__ __forceinline__ uint32_t find_ends(Counts& counts, const Scores& scores,
-                                              uint32_t& above) {
-  float low = INFINITY;  // NaN changes neither
-  float high = -INFINITY;
-  scores.for_each([&](float score, uint32_t) {
-    low = fminf(low, score);
-    high = fmaxf(high, score);
+// All threads call it; it has a barrier.
+template <class Scores>
+__device__ __forceinline__ Spread find_spread(Counts& counts, const Scores& scores, float bar) {
+  float sums[2] = {};  // and of squares
+  const uint32_t number = scores.sample([&](float score) {
+    sums[0] += score;
+    sums[1] = fmaf(score, score, sums[1]);
   });
-  const uint32_t least = __reduce_min_sync(~0U, to_key(low));
-  const uint32_t most = __reduce_max_sync(~0U, to_key(high));
-  if (Team::thread() % 32 == 0) {
-    counts.ends[0][Team::thread() / 32] = least;
-    counts.ends[1][Team::thread() / 32] = most;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) sums[i] += __shfl_xor_sync(~0U, sums[i], mask);
+    if (selector() % 32 == 0) counts.spread[i][selector() / 32] = sums[i];
   }
-  Team::sync();
-  const uint4 lows = *reinterpret_cast<const uint4*>(counts.ends[0]);
-  const uint4 highs = *reinterpret_cast<const uint4*>(counts.ends[1]);
-  above = max(max(highs.x, highs.y), max(highs.z, highs.w)) + 1;
-  return min(min(min(lows.x, lows.y), min(lows.z, lows.w)), above - 1);  // if all are NaN
+  sync_selectors();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sums[i] = 0.0F;
+#pragma unroll
+    for (const float of_warp : counts.spread[i]) sums[i] += of_warp;
+  }
+  return make_spread(sums[0], sums[1], number, bar);
 }
 
 // What the best `count` of n scores pass, or up to `slack` more of the next best; `stored` are the
-// same scores, for what is rare. All threads call it.
-template <class Team, class Scores>
-__device__ __forceinline__ Cut find_cut(Counts& counts, const Scores& scores, Stored<Team> stored,
-                                        uint32_t n, uint32_t count, uint32_t slack) {
+// same scores, for what is rare. All passed a bar, or it is NaN. All threads call it.
+template <class Scores>
+__device__ __forceinline__ Cut find_cut(Counts& counts, Scores& scores, Stored stored, uint32_t n,
+                                        uint32_t count, uint32_t slack, float passed) {
   if (n <= count) return {{}, n};
-  uint32_t above = 0;
-  const uint32_t least = find_ends<Team>(counts, scores, above);
-  Bracket bracket{least, above, n, 0};
-  // Whether all reach the least score: NaN does not, unless that is -inf, which is as bad.
-  bool sure = least == kLowestKey;
+  Search search(n, count, slack, find_spread(counts, scores, passed));
   uint32_t turn = 0;
 #pragma unroll 1
-  for (;; turn ^= 1) {
-    uint32_t key = least;
-    if (!bracket.found(count, slack))
-      key = bracket.guess(count);
-    else if (bracket.low > least || sure)
-      break;
-    else
-      sure = true;
-    const float score = to_score(key);
-    float mine = 0.0F;  // takes an instruction less than an integer
-    scores.for_each([&](float other, uint32_t) { mine += other >= score ? 1.0F : 0.0F; });
-    const uint32_t reach = sum<Team>(counts, turn, static_cast<uint32_t>(mine));
-    bracket.narrow(key, reach, count);
-    if (key == least && reach < count) {
-      bracket.low = kLowestKey;
-      break;
-    }
+  for (; !search.found(); turn ^= 1) {
+    const uint32_t key = search.guess();
+    search.narrow(key, sum(counts, turn, scores.mark(pass_from(key).score)));
   }
-  if (bracket.reach_low <= count + slack && bracket.low > kLowestKey)
-    return {pass_from(bracket.low), 0};
+  const Bar bar = search.bar();
+  if (bar.ties == 0) return {bar, 0};
 
   // Only the first of those that equal the bar pass.
-  const Bar bar{to_score(bracket.low), count - bracket.reach_high};
   uint32_t before = 0;  // what fewer than that many come before
-  Team::sync();  // the last sum may have had the same turn
+  sync_selectors();  // the last sum may have had the same turn
 #pragma unroll 1
   for (uint32_t bit = 1U << 31; bit > 0; bit >>= 1) {
     const uint32_t guess = before | bit;
@@ -275,7 +337,7 @@ __device__ __forceinline__ Cut find_cut(Counts& counts, const Scores& scores, St
     const Cut cut{bar, guess};
     uint32_t mine = 0;
     stored.for_each([&](float score, uint32_t i) { mine += cut.ties(score, i); });
-    if (sum<Team>(counts, turn, mine) <= bar.ties) before = guess;
+    if (sum(counts, turn, mine) <= bar.ties) before = guess;
     turn ^= 1;
   }
   return {bar, before};

@@ -8,6 +8,8 @@ namespace hisa::cuda::sm90 {
 namespace {
 
 constexpr int64_t kWorkspace = int64_t{256} << 20;  // of buffers that are not on chip, at most
+constexpr int64_t kChunkSizes[] = {kMostChunk, kMostChunk / 2, kMostChunk / 4};
+constexpr int64_t kManyRows = 32;  // of a multiprocessor: two launches do not matter
 constexpr int kEnoughStages = 4;  // that hide the time a tile takes to come
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -23,52 +25,58 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
                int64_t count) {
   Plan plan{};
   plan.work = work;
-  plan.group =
-      group_size(static_cast<int>(shape.heads), static_cast<int>(shape.dim), shape.type, work);
+  const int heads = static_cast<int>(shape.heads);
+  plan.group = group_size(heads, static_cast<int>(shape.dim), shape.type, work);
   plan.shared_limit = static_cast<int>(limits.shared_block);
   const int64_t row_bytes = shape.dim * element_size(shape.type);
   const Needs needs = find_needs(shape, work);
-  const int heads = static_cast<int>(shape.heads);
 
-  plan.boxes = make_boxes(is_refine(work) ? shape.block_size : 0, tile_size(work));
+  const int tile =
+      tile_size(plan.group * heads, heads, row_bytes, shape.type, work == Work::kRefinePairs);
+  plan.boxes = make_boxes(is_refine(work) ? shape.block_size : 0, tile);
   const int groups = work == Work::kCoarse ? kMaxGroups : work == Work::kRefine ? 3 : 2;
 
-  const auto bytes = [&](int at_hand, int stages, int64_t chunk, int64_t capacity) {
+  const auto bytes = [&](int at_hand, int stages, int64_t chunk, bool marked, int64_t capacity) {
     return make_layout(needs.fixed, plan.group, heads, row_bytes, at_hand, stages, plan.boxes,
-                       chunk, capacity)
+                       plan.chunks, chunk, marked, capacity)
         .total;
   };
   // With as many stages as there is room for; whether there is room for the `least`.
-  const auto fits = [&](int at_hand, int least, int64_t chunk, int64_t capacity) {
+  const auto fits = [&](int at_hand, int least, int64_t chunk, bool marked, int64_t capacity) {
     plan.groups = at_hand;
     plan.chunk = chunk;
     plan.capacity = capacity;
     plan.on_chip = true;
     plan.stages = kMaxStages / needs.step * needs.step;
     for (; plan.stages >= least; plan.stages -= needs.step) {
-      plan.shared = bytes(at_hand, plan.stages, chunk, capacity);
+      plan.shared = bytes(at_hand, plan.stages, chunk, marked, capacity);
       if (plan.shared <= limits.shared_block) return true;
     }
     return false;
   };
   // A buffer of count + chunk never overflows; up to twice the count makes selections rare.
   const auto fits_in_chunks = [&](int least, int64_t chunk) {
-    const int64_t room = limits.shared_block - bytes(2, least, chunk, 0);
+    const int64_t room = limits.shared_block - bytes(2, least, chunk, true, 0);
     const int64_t most = room / (plan.group * 2 * 4) / 4 * 4;
     return most >= count + chunk &&
-           fits(2, least, chunk, std::min(round_up(2 * count + chunk, 4), most));
+           fits(2, least, chunk, true, std::min(round_up(2 * count + chunk, 4), most));
   };
   const auto choose = [&] {
-    const int64_t whole = round_up(candidates, tile_size(work));
+    const int64_t whole = round_up(candidates, tile);
     const int enough = std::max(kEnoughStages, needs.stages);
-    if (fits(groups, enough, whole, 0) || fits(2, enough, whole, 0) ||
-        fits(2, needs.stages, whole, 0))
+    // Four chunks, so that each warp can have a row, or two.
+    plan.chunks = kMaxChunks;
+    if (work == Work::kCoarse && candidates <= kFewBlocks && fits(groups, enough, whole, false, 0))
+      return;
+    plan.chunks = 2;
+    if (fits(groups, enough, whole, false, 0) || fits(2, enough, whole, false, 0) ||
+        fits(2, needs.stages, whole, false, 0))
       return;
     for (const int least : {enough, needs.stages})
-      for (const int64_t chunk : {2048, 1024, 512})
+      for (const int64_t chunk : kChunkSizes)
         if (fits_in_chunks(least, chunk)) return;
-    for (const int64_t chunk : {2048, 1024, 512})
-      if (fits(2, needs.stages, chunk, 0)) break;
+    for (const int64_t chunk : kChunkSizes)
+      if (fits(2, needs.stages, chunk, true, 0)) break;
     plan.capacity = round_up(2 * count + plan.chunk, 4);
     plan.on_chip = false;
   };
@@ -86,9 +94,11 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
 // round.
 Plan make_refine_plan(const Shape& shape, const DeviceLimits& limits, int64_t tokens) {
   const int64_t count = std::min(shape.topk, tokens);
-  if (has_pairs(static_cast<int>(shape.heads), static_cast<int>(shape.dim), shape.type) &&
-      shape.block_size >= tile_size(Work::kRefinePairs) && shape.block_topk <= kPairBlocks &&
-      tokens <= kPairTiles * tile_size(Work::kRefinePairs) && shape.rows > limits.multiprocessors) {
+  const int heads = static_cast<int>(shape.heads);
+  const int tile = tile_size(2 * heads, heads, 0, shape.type, true);
+  if (has_pairs(heads, static_cast<int>(shape.dim), shape.type) && shape.block_size >= tile &&
+      shape.block_topk <= kPairBlocks && tokens <= kPairTiles * tile &&
+      shape.rows > limits.multiprocessors) {
     const Plan plan = make_plan(shape, limits, Work::kRefinePairs, tokens, count);
     if (plan.chunk >= tokens) return plan;
   }
@@ -148,14 +158,16 @@ cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* dat
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept, char* workspace,
-                         cudaStream_t stream) {
+cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, bool one_of_two, int32_t* kept,
+                         char* workspace, cudaStream_t stream) {
   Params params{};
   params.rows = rows;
   params.kept = kept;
   params.work = plan.work;
+  params.one_of_two = one_of_two;
   params.stages = plan.stages;
   params.groups = static_cast<uint32_t>(plan.groups);
+  params.chunks = static_cast<uint32_t>(plan.chunks);
   params.boxes = plan.boxes;
   params.rows.chunk = plan.chunk;
   params.rows.capacity = plan.capacity;
@@ -217,6 +229,11 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   const int64_t tokens = geometry.kept * shape.block_size;
   geometry.coarse = make_plan(shape, limits, Work::kCoarse, shape.slots(), geometry.kept);
   geometry.tokens = make_refine_plan(shape, limits, tokens);
+  if (geometry.tokens.work == Work::kRefinePairs &&
+      shape.rows >= kManyRows * limits.multiprocessors) {
+    geometry.other = make_plan(shape, limits, Work::kRefine, tokens, std::min(shape.topk, tokens));
+    geometry.has_other = geometry.other.capacity == 0;
+  }
   geometry.lists = round_up(shape.rows * geometry.kept * 4, 16);
   geometry.workspace =
       geometry.lists + std::max(geometry.coarse.workspace, geometry.tokens.workspace);
@@ -229,9 +246,13 @@ cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* works
   char* buffers = workspace + geometry.lists;
   params.kept = geometry.kept;
   if (geometry.prunes)
-    if (const cudaError_t error = launch_stage(params, geometry.coarse, kept, buffers, stream))
+    if (const cudaError_t error =
+            launch_stage(params, geometry.coarse, false, kept, buffers, stream))
       return error;
-  return launch_stage(params, geometry.tokens, kept, buffers, stream);
+  if (geometry.has_other)
+    if (const cudaError_t error = launch_stage(params, geometry.other, true, kept, buffers, stream))
+      return error;
+  return launch_stage(params, geometry.tokens, geometry.has_other, kept, buffers, stream);
 }
 
 }  // namespace hisa::cuda::sm90

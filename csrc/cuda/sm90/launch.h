@@ -21,7 +21,7 @@ inline constexpr bool kCompiled = false;  // no call is taken
 struct Plan {
   Work work;
   int group;   // rows
-  int groups, stages;  // see Params
+  int groups, stages, chunks;  // see Params
   Boxes boxes;
   int64_t chunk, capacity;  // see RowsParams
   bool on_chip;             // the buffers are in shared memory, not in the workspace
@@ -36,6 +36,8 @@ struct Geometry {
   int64_t kept;     // blocks of a row, at most
   Plan coarse;      // if it prunes
   Plan tokens;
+  bool has_other;   // whether the GPU chooses between `tokens`, by pairs of rows, and `other`
+  Plan other;       // row by row
   int64_t lists;    // bytes of the lists of kept blocks
   int64_t workspace;  // bytes
 };

@@ -23,7 +23,7 @@ __device__ inline void describe_row(const Params& params, int64_t m, const Row& 
     const int64_t last = (row.end - 1 - row.origin) >> shift;
     int32_t* blocks = params.kept + m * rows.kept;
     found.pruned = last - first >= rows.block_topk;
-    found.kept = static_cast<uint32_t>(min(rows.block_topk, last - first + 1));
+    found.kept = count_kept(rows, row);
     found.first = static_cast<int32_t>(row.origin + (first << shift));
     found.last = static_cast<int32_t>(row.origin + (last << shift));
     if (is_refine(params.work))
@@ -52,12 +52,16 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
 
     shared.group_empty[turn.buffer].wait(turn.phase ^ 1U);
     Group<C>& group = shared.groups[turn.buffer];
+    bool huge = false;
 #pragma unroll 1
     for (int i = lane; i < C::kColumns; i += 32) {
       const int64_t of = m + i / C::kHeads;
-      group.weights[i] =
+      const float weight =
           of < queries.rows ? queries.weights[of * queries.weights_stride + i % C::kHeads] : 0.0F;
+      group.weights[i] = weight;
+      huge = huge || fabsf(weight) > kMostWeight;
     }
+    huge = __ballot_sync(~0U, huge) != 0;
     uint32_t base = ~0U;
     uint32_t end = 0;
     if (lane < C::kGroup) {
@@ -77,6 +81,7 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
     }
     if (lane == 0) {
       group.m = m;
+      group.huge = huge;
       group.size = scored ? end - base : 0;
       group.tiles = (group.size + C::kTile - 1) / C::kTile;
       group.base = base;

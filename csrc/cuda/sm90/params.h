@@ -12,12 +12,11 @@ namespace hisa::cuda::sm90 {
 enum class Work { kCoarse, kRefine, kRefinePairs, kFlat };
 constexpr bool is_refine(Work work) { return work == Work::kRefine || work == Work::kRefinePairs; }
 
-// Keys that are copied at a time. A pair of rows leaves little room for them.
-constexpr int tile_size(Work work) { return work == Work::kRefinePairs ? 64 : 128; }
-
 inline constexpr int kMaxStages = 8;     // tiles in shared memory
 inline constexpr int kMaxGroups = 4;     // at hand
-inline constexpr int kChunks = 2;        // of scores
+inline constexpr int kMaxChunks = 4;     // of scores
+inline constexpr int64_t kFewBlocks = 1024;  // of a row, that a warp can select among
+inline constexpr int kMostChunk = 2048;  // scores of one, where a row has several
 inline constexpr int kPairBlocks = 64;   // of each row of a pair, at most
 inline constexpr int kPairTiles = 128;   // likewise
 
@@ -30,16 +29,26 @@ struct Variant {
 inline constexpr Variant kVariants[] = {
     {16, 64}, {32, 64}, {64, 64}, {128, 64}, {16, 128}, {32, 128}, {64, 128}, {128, 128},
 };
-// Whether there is a kernel for pairs of rows: where the heads of one make few columns. With 64 of
-// them it was built, and no faster.
+// Whether there is a kernel for pairs of rows: their heads have to fit into a product.
 constexpr bool has_pairs(int heads, int dim, ElementType type) {
-  return heads <= 32 && dim * element_size(type) <= 128;
+  return heads <= 64 && dim * element_size(type) <= 128;
 }
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {
   if (work == Work::kRefinePairs) return 2;
   const int columns = dim * element_size(type) > 128 ? 64 : heads == 64 ? 128 : 64;
   return work == Work::kRefine || heads > columns ? 1 : columns / heads;
+}
+// Whether products have so many columns, of two rows, and take so little time, that three
+// warpgroups with one product each keep the tensor cores busier than two with two each.
+constexpr bool has_wide_products(int columns, int heads, ElementType type) {
+  return columns > 64 && heads <= 64 && type == ElementType::kFloat8E4M3;
+}
+// Keys that are copied at a time. There is little room for them beside the scores of two rows,
+// where three warpgroups have to have a tile each, and where keys are long.
+constexpr int tile_size(int columns, int heads, int64_t row_bytes, ElementType type, bool pairs) {
+  const bool long_keys = row_bytes > 128 && columns <= 64;
+  return pairs || long_keys || has_wide_products(columns, heads, type) ? 64 : 128;
 }
 
 // A tile is copied in boxes: of a row's blocks, or the whole of it. A box of scales has to begin at
@@ -63,31 +72,41 @@ constexpr Boxes make_boxes(int64_t block_size, int tile_keys) {  // 0: adjacent 
 
 struct Params {
   Keys scored;      // by this kernel: rows.keys or rows.pooled
-  RowsParams rows;  // chunk: of a row's scores; workspace: [grid, group, 2, capacity] or null
+  // chunk: of a row's scores; capacity: 0 if all rows fit into a chunk; workspace:
+  // [grid, group, 2, capacity] or null
+  RowsParams rows;
   CUtensorMap queries;  // [rows, heads, dim], in boxes of a group
   CUtensorMap keys;     // [count, dim], in boxes of boxes.keys
   CUtensorMap scale;    // [scale_offset + count], in boxes of boxes.scales
   int32_t* kept;        // [rows, rows.kept] first tokens of the blocks kept; null for flat
   uint32_t scale_offset;  // floats in front of the first scale, which may not be aligned
   Work work;
+  bool one_of_two;  // another kernel is there for the same rows: see pairs_pay()
   int stages;
-  uint32_t groups;  // at hand
+  uint32_t groups, chunks;  // at hand
   Boxes boxes;
 };
 
+// Of a row that does not fit into a chunk, scorers mark which scores may be among the best: words
+// for 16 keys of all rows of a group.
+HISA_HOST_DEVICE constexpr int mark_words(int group) { return group > 2 ? group / 2 : 1; }
+
 // Bytes from the start of shared memory on. Boxes are swizzled, so they begin at multiples of 1024.
 struct Layout {
-  int64_t queries, keys, scale, chunks, buffers, total;
+  int64_t queries, keys, scale, chunks, marks, buffers, total;
 };
 HISA_HOST_DEVICE constexpr Layout make_layout(int64_t fixed, int group, int heads,
                                               int64_t row_bytes, int64_t groups, int stages,
-                                              const Boxes& boxes, int64_t chunk, int64_t capacity) {
+                                              const Boxes& boxes, int chunks_at_hand, int64_t chunk,
+                                              bool marked, int64_t capacity) {
   const int64_t queries = (fixed + 1023) / 1024 * 1024;
   const int64_t keys = queries + groups * ((group * heads * row_bytes + 1023) / 1024 * 1024);
   const int64_t scale = keys + stages * int64_t{boxes.keys * boxes.number} * row_bytes;
   const int64_t chunks = scale + stages * int64_t{boxes.tile} * 4;
-  const int64_t buffers = chunks + kChunks * group * chunk * 4;
-  return {queries, keys, scale, chunks, buffers, buffers + group * 2 * capacity * 4};
+  const int64_t marks = chunks + chunks_at_hand * group * chunk * 4;
+  const int64_t buffers =
+      marks + (marked ? chunks_at_hand * chunk / 16 * mark_words(group) * 4 : 0);
+  return {queries, keys, scale, chunks, marks, buffers, buffers + group * 2 * capacity * 4};
 }
 
 }  // namespace hisa::cuda::sm90

@@ -5,32 +5,42 @@
 #include <utility>
 
 #include "../ptx/warpgroup.cuh"
+#include "choose.cuh"
 #include "launch.h"
 #include "load.cuh"
 #include "score.cuh"
+#include "select_chunks.cuh"
 #include "select_few.cuh"
 
 namespace hisa::cuda::sm90 {
+
+template <class C>
+__device__ __forceinline__ void run_selector(const Params& params, const Memory<C>& memory) {
+  if constexpr (!C::kPairs) {
+    if (params.rows.capacity > 0) return ChunkSelector<C>(params, memory).run();
+    if (have_few(params)) return WarpSelector<C>(params, memory).run();
+  }
+  Selector<C>(params, memory).run();
+}
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char start[];
   const Memory<C> memory(start, params);
-  if (threadIdx.x == 0) memory.shared.init_barriers();
+  if (threadIdx.x == 0) memory.shared.init();
   if (params.scored.scale == nullptr)
     for (uint32_t i = threadIdx.x; i < params.stages * params.boxes.tile; i += C::kThreads)
       memory.scale[i] = 1.0F;
   __syncthreads();
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
+  if constexpr (C::kGroup <= 2)
+    if (params.one_of_two && pairs_pay(params, memory.shared.votes) != C::kPairs) return;
   const uint32_t warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::set_registers<C::kStartRegisters, C::kSelectRegisters>();
-    if (have_few(params))
-      WarpSelector<C>(params, memory).run();
-    else
-      Selector<C>(params, memory).run();
+    run_selector<C>(params, memory);
   } else if (warpgroup == 1) {
     ptx::set_registers<C::kStartRegisters, C::kLoadRegisters>();
     const uint32_t warp = threadIdx.x / 32 % 4;

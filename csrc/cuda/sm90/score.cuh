@@ -4,6 +4,10 @@
 // Keys are the rows of a product, the heads of a group's rows its columns. So the sum over heads is
 // inside a thread, but for four lanes. A product is one of 64 keys; a tile is one, or two.
 //
+// relu() takes an instruction of half the rate, as the maximum with 0. One of full rate rounds to
+// [0, 1], and takes NaN to 0 too. So where products are wide it is made from a dot product times
+// 2^-25, which is below 1 for fp8, and the weights are multiplied by 2^25 first: the same bits.
+//
 // Order of the sum over heads, fixed: with c = lane % 4, a lane adds heads 2c, 2c + 8, 2c + 16, ..
 // one fused multiply-add after another, and likewise 2c + 1, 2c + 9, ..; then both; then lanes
 // whose c differ by 2, by 1. The key's scale comes last. A key's score depends neither on its place
@@ -69,6 +73,8 @@ struct Own {
   uint32_t out[kOwn];  // where the score goes, for a product whose first key is at position 0
   int32_t least[kOwn];  // that position, where the score is wanted
   uint32_t scale[kOwn];  // where the key's scale is in a tile
+  float bar[kOwn];  // of the row: what does not pass it is not wanted
+  uint32_t marks;  // where the warp's marks go, likewise
 
   __device__ static int number(int i) {
     const int c = static_cast<int>(threadIdx.x % 4);
@@ -91,6 +97,7 @@ class Scorer {
         scorer_(__shfl_sync(~0U, threadIdx.x / 128, 0) - 2),
         tile_(scorer_),
         stage_(scorer_),
+        chunk_turn_{params.chunks},
         keys_(ptx::shared_address(memory.keys)) {}
 
   __device__ void run() {
@@ -103,15 +110,18 @@ class Scorer {
       queries_ = ptx::shared_address(memory_.queries) + group_turn.buffer * Memory<C>::kQueryBytes;
       if constexpr (C::kPairs)
         score_pair(group, tiles);
+      else if (params_.rows.capacity > 0)
+        score_chunks<true>(group, tiles);
       else
-        score_chunks(group, tiles);
+        score_chunks<false>(group, tiles);
       group_tile_ += tiles;
       shared.group_empty[group_turn.buffer].arrive();
     }
   }
 
  private:
-  // Rows that are scored against the same keys, chunk by chunk.
+  // Rows that are scored against the same keys, chunk by chunk, and marked if there are several.
+  template <bool kMarked>
   __device__ __forceinline__ void score_chunks(const Group<C>& group, uint32_t tiles) {
     constexpr int kRows = C::kGroup;
     const uint32_t chunk_tiles = static_cast<uint32_t>(params_.rows.chunk) / C::kTile;
@@ -123,9 +133,12 @@ class Scorer {
       for (int i = 0; i < Own<kRows>::kOwn; ++i) {
         const int row = own.row(i);
         set_own(own, i, row, max(group.rows[row].shift, begin * C::kTile), group.scale_shift);
+        own.bar[i] = memory_.shared.bars[chunk_turn_.buffer][row];
       }
-      score_tiles(own, queries_, min(begin + chunk_tiles, tiles),
-                  [&](uint32_t tile) { return tile * C::kTile; });
+      own.marks = ptx::shared_address(memory_.chunk_marks(chunk_turn_.buffer, params_.rows.chunk)) +
+                  (threadIdx.x % 128 / 32 - begin * C::kTile / 16) * 4 * Memory<C>::kMarkWords;
+      score_tiles<kMarked>(own, queries_, min(begin + chunk_tiles, tiles),
+                           [&](uint32_t tile) { return tile * C::kTile; });
       memory_.shared.chunk_full[chunk_turn_.buffer].arrive();
     }
   }
@@ -151,19 +164,21 @@ class Scorer {
     Own<kRows> own;
     const int row = first + own.row(0);
     set_own(own, 0, row, group.rows[row].shift, pair.scale_shift[first]);
-    score_tiles(own, queries_ + first * C::kHeads * C::kPitch, end,
-                [&](uint32_t tile) { return uint32_t{pair.tiles[tile].position[row]}; });
+    score_tiles<false>(own, queries_ + first * C::kHeads * C::kPitch, end,
+                       [&](uint32_t tile) { return uint32_t{pair.tiles[tile].position[row]}; });
   }
 
   template <int kRows>
   __device__ __forceinline__ void load_weights(const Group<C>& group, int first) {
     const int c = static_cast<int>(threadIdx.x % 4);
     const auto* pairs = reinterpret_cast<const float2*>(group.weights + first * C::kHeads);
+    huge_ = __shfl_sync(~0U, group.huge, 0);
+    const float up = kIsWide<kRows> && !huge_ ? kUp : 1.0F;
 #pragma unroll
     for (int i = 0; i < kRows * kRowPairs; ++i) {
       const float2 pair = pairs[4 * i + c];
-      weights_[2 * i] = pair.x;
-      weights_[2 * i + 1] = pair.y;
+      weights_[2 * i] = pair.x * up;
+      weights_[2 * i + 1] = pair.y * up;
     }
   }
 
@@ -189,20 +204,41 @@ class Scorer {
   }
 
   // The group's tiles before `end`, of which `position` tells that of the first key.
-  template <int kRows, class Position>
+  template <bool kMarked, int kRows, class Position>
   __device__ __forceinline__ void score_tiles(const Own<kRows>& own, uint32_t queries, uint32_t end,
                                               Position position) {
     const auto left = [&] { return static_cast<int32_t>(group_tile_ + end - tile_); };
-    while (left() > (C::kRun - 1) * C::kScorers) score_run<C::kRun>(own, queries, position);
-    if constexpr (C::kRun > 1)
-      while (left() > 0) score_run<1>(own, queries, position);
+    if constexpr (kIsWide<kRows>) {
+      while (left() > 0) score_tile<kMarked>(own, queries, position);
+    } else {
+      while (left() > (C::kRun - 1) * C::kScorers)
+        score_run<C::kRun, kMarked>(own, queries, position);
+      if constexpr (C::kRun > 1)
+        while (left() > 0) score_run<1, kMarked>(own, queries, position);
+    }
+  }
+
+  // One tile, a single product. While it is added up, other scorers multiply.
+  template <bool kMarked, int kRows, class Position>
+  __device__ __forceinline__ void score_tile(const Own<kRows>& own, uint32_t queries,
+                                             Position position) {
+    static_assert(C::kParts == 1);
+    float dots[kRows * C::kHeads / 2];
+    float scale[Own<kRows>::kOwn];
+    memory_.shared.tile_full[stage_].wait(phase_);
+    multiply<C>(dots, part(stage_, 0), queries);
+    const auto key = static_cast<int32_t>(position(tile_ - group_tile_));
+    load_scales(own, stage_, 0, scale);
+    ptx::wait_for_products<0>();
+    memory_.shared.tile_empty[stage_].arrive();
+    next();
+    add_up<kMarked>(dots, scale, key, own);
   }
 
   // kTiles tiles. While one product is added up, the next one is under way.
-  template <int kTiles, int kRows, class Position>
+  template <int kTiles, bool kMarked, int kRows, class Position>
   __device__ __forceinline__ void score_run(const Own<kRows>& own, uint32_t queries,
                                             Position position) {
-    constexpr int kOwn = Own<kRows>::kOwn;
     constexpr int kProducts = kTiles * C::kParts;
     Shared<C>& shared = memory_.shared;
     float dots[2][kRows * C::kHeads / 2];
@@ -215,11 +251,8 @@ class Scorer {
       const int number = i % C::kParts;
       const uint32_t stage = stage_;
       const auto key = static_cast<int32_t>(position(first + tile * C::kScorers) + number * 64);
-      float scale[kOwn];
-#pragma unroll
-      for (int k = 0; k < kOwn; ++k)
-        scale[k] =
-            memory_.scale[stage * params_.boxes.tile + number * params_.boxes.half + own.scale[k]];
+      float scale[Own<kRows>::kOwn];
+      load_scales(own, stage, number, scale);
       if (number + 1 == C::kParts) next();
       if (i + 1 < kProducts) {
         if (number + 1 == C::kParts) shared.tile_full[stage_].wait(phase_);
@@ -229,8 +262,18 @@ class Scorer {
         ptx::wait_for_products<0>();
       }
       if (number + 1 == C::kParts) shared.tile_empty[stage].arrive();
-      add_up(dots[i % 2], scale, key, own);
+      add_up<kMarked>(dots[i % 2], scale, key, own);
     }
+  }
+
+  // Of the keys of a product, whose scores the lane stores.
+  template <int kRows>
+  __device__ void load_scales(const Own<kRows>& own, uint32_t stage, int number,
+                              float (&scale)[Own<kRows>::kOwn]) const {
+#pragma unroll
+    for (int i = 0; i < Own<kRows>::kOwn; ++i)
+      scale[i] =
+          memory_.scale[stage * params_.boxes.tile + number * params_.boxes.half + own.scale[i]];
   }
 
   __device__ uint32_t part(uint32_t stage, int number) const {
@@ -238,25 +281,37 @@ class Scorer {
   }
 
   // Scores of 64 keys, from their dot products; the first key's position.
-  template <int kRows>
+  template <bool kMarked, int kRows>
   __device__ __forceinline__ void add_up(float (&dots)[kRows * C::kHeads / 2],
                                          const float (&scale)[Own<kRows>::kOwn], int32_t position,
                                          const Own<kRows>& own) const {
     constexpr int kSums = Own<kRows>::kSums;
     ptx::pin(dots);
     float sums[kSums];
-    weigh<kRows>(dots, sums);
+    if (kIsWide<kRows> && !huge_)
+      weigh<kRows>(dots, sums, [](float dot) { return __saturatef(dot * (1.0F / kUp)); });
+    else
+      weigh<kRows>(dots, sums, [](float dot) { return fmaxf(dot, 0.0F); });
     fold<kSums, 2>(sums);
     fold<(kSums + 1) / 2, 1>(sums);
 #pragma unroll
-    for (int i = 0; i < Own<kRows>::kOwn; ++i)
+    for (int i = 0; i < Own<kRows>::kOwn; ++i) {
+      const float score = sums[i] * scale[i];
       ptx::store_if(own.stores() && position >= own.least[i],
-                    own.out[i] + static_cast<uint32_t>(position) * 4, sums[i] * scale[i]);
+                    own.out[i] + static_cast<uint32_t>(position) * 4, score);
+      // A bit of each lane: of the 16 keys of the warp, and the rows, see Own::number().
+      if constexpr (kMarked) {
+        const uint32_t passing = __ballot_sync(~0U, !(score <= own.bar[i]));
+        ptx::store_if(threadIdx.x % 32 == 0,
+                      own.marks + (static_cast<uint32_t>(position) / 16 * Own<kRows>::kOwn + i) * 4,
+                      __uint_as_float(passing));
+      }
+    }
   }
 
-  template <int kRows>
+  template <int kRows, class Relu>
   __device__ __forceinline__ void weigh(const float (&dots)[kRows * C::kHeads / 2],
-                                        float (&sums)[2 * kRows]) const {
+                                        float (&sums)[2 * kRows], Relu relu) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float even[2] = {};
@@ -265,8 +320,8 @@ class Scorer {
       for (int i = row * kRowPairs; i < (row + 1) * kRowPairs; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          even[k] = fmaf(weights_[2 * i], fmaxf(dots[4 * i + 2 * k], 0.0F), even[k]);
-          odd[k] = fmaf(weights_[2 * i + 1], fmaxf(dots[4 * i + 2 * k + 1], 0.0F), odd[k]);
+          even[k] = fmaf(weights_[2 * i], relu(dots[4 * i + 2 * k]), even[k]);
+          odd[k] = fmaf(weights_[2 * i + 1], relu(dots[4 * i + 2 * k + 1]), odd[k]);
         }
 #pragma unroll
       for (int k = 0; k < 2; ++k) sums[2 * row + k] = even[k] + odd[k];
@@ -274,6 +329,8 @@ class Scorer {
   }
 
   static constexpr int kRowPairs = C::kHeads / 8;  // of a row's columns that a lane has of a key
+  template <int kRows>
+  static constexpr bool kIsWide = C::kWide && kRows * C::kHeads > 64;
 
   const Params& params_;
   const Memory<C>& memory_;
@@ -282,9 +339,10 @@ class Scorer {
   uint32_t stage_;
   uint32_t phase_ = 0;
   uint32_t group_tile_ = 0;  // the group's first
-  Turn chunk_turn_{kChunks};
+  Turn chunk_turn_;
   const uint32_t keys_;  // all stages, in shared memory
   uint32_t queries_;  // of the group
+  bool huge_ = false;
   float weights_[C::kColumns / 4];
 };
 

@@ -2,17 +2,16 @@
 // rows are selected at a time.
 #pragma once
 
-#include "../select_warp.cuh"
 #include "select.cuh"
+#include "select_warp.cuh"
 
 namespace hisa::cuda::sm90 {
 
-inline constexpr int kFew = 32;  // candidates of a lane
+inline constexpr int kFew = kFewBlocks / 32;  // candidates of a lane
 
 // Whether that is so for all rows of the call.
 __device__ __forceinline__ bool have_few(const Params& params) {
-  return params.work == Work::kCoarse &&
-         params.scored.count <= min(int64_t{32} * kFew, params.rows.chunk);
+  return params.work == Work::kCoarse && params.scored.count <= min(kFewBlocks, params.rows.chunk);
 }
 
 template <class C>
@@ -25,7 +24,7 @@ class WarpSelector {
     Shared<C>& shared = memory_.shared;
     const uint32_t warp = ptx::this_thread() / 32;
     Turn group_turn{params_.groups};
-    Turn chunk_turn{kChunks};
+    Turn chunk_turn{params_.chunks};
     uint32_t turn = 0;  // whose the row is
     for (int64_t g = last_group<C>(params_); g >= 0; g -= gridDim.x, group_turn.next()) {
       shared.group_full[group_turn.buffer].wait(group_turn.phase);
@@ -34,7 +33,7 @@ class WarpSelector {
       if (scored) shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
 #pragma unroll 1
       for (int row = 0; row < C::kGroup; ++row, ++turn)
-        if (turn % kWarps == warp && group.m + row < params_.rows.queries.rows)
+        if (turn % kSelectorWarps == warp && group.m + row < params_.rows.queries.rows)
           take(group.rows[row], group.m + row,
                memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk));
       if (scored) {

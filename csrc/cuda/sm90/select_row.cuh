@@ -5,55 +5,54 @@
 
 namespace hisa::cuda::sm90 {
 
-// write(passes, slot, j) for each of four candidates.
-template <class Write>
-__device__ __forceinline__ void for_four(uint32_t bits, uint32_t slot, Write write) {
+// Write what the chosen candidates stand for, in batches, so that loads overlap; those are
+// numbered by position or, if it is not null, lie at the given ones.
+__device__ __forceinline__ void write_values(const Stage& stage, const int32_t* chosen,
+                                             const int32_t* positions, uint32_t number) {
+  constexpr int kBatch = 8;
+#pragma unroll 1
+  for (uint32_t begin = selector(); begin < number; begin += kBatch * kSelectors) {
+    int32_t values[kBatch];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const bool passes = (bits >> j & 1) != 0;
-    write(passes, slot, j);
-    slot += passes;
+    for (int i = 0; i < kBatch; ++i) {
+      const uint32_t slot = min(begin + i * kSelectors, number - 1);
+      values[i] = positions == nullptr ? chosen[slot] : positions[chosen[slot]];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      values[i] = stage.source.value(static_cast<uint32_t>(values[i]));
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (begin + i * kSelectors < number) stage.values[begin + i * kSelectors] = values[i];
   }
 }
 
 // Write the best `count` of a stage: of scores [n], of the given positions or, without, of all. The
 // scores are overwritten. All threads call it, after a barrier; it ends with one.
-template <class Team, class Scores>
+template <class Scores>
 __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, float* scores,
-                                           int32_t* positions, uint32_t n) {
-  pad<Team>(scores, positions, n);
-  Scores all(scores, n);
-  const uint32_t found =
-      all.pass(counts, find_cut<Team>(counts, all, {scores, n}, n, stage.count, 0));
-  if (stage.scores != nullptr)
-    all.for_slabs(counts, [&](uint32_t, const float (&score)[4], uint32_t bits, uint32_t first) {
-      for_four(bits, first, [&](bool passes, uint32_t slot, int j) {
-        if (passes) stage.scores[slot] = score[j];
-      });
-    });
-  Team::sync();
-  // First in place of the scores, so that adjacent threads write adjacent values. Four adjacent
-  // candidates stand for adjacent values if blocks begin at multiples of four of them; else it is
-  // their positions that are gathered, and what they stand for is looked up later.
-  auto* values = reinterpret_cast<int32_t*>(scores);
-  const Source& source = stage.source;
-  const bool late = positions != nullptr || source.first % 4 != 0;
-  const int step = late ? 0 : source.value_shift;
-  all.for_slabs(counts, [&](uint32_t at, const float (&)[4], uint32_t bits, uint32_t first) {
-    int32_t value = static_cast<int32_t>(at);
-    if (!late && at < n) value = source.value(at);
-    int4 four{value, value + (1 << step), value + (2 << step), value + (3 << step)};
-    if (positions != nullptr && at < n) four = *reinterpret_cast<const int4*>(positions + at);
-    const int32_t of[4] = {four.x, four.y, four.z, four.w};
-    for_four(bits, first, [&](bool passes, uint32_t slot, int j) {
-      ptx::store_if(passes, values + slot, of[j]);
-    });
-  });
-  Team::sync();
-#pragma unroll 4
-  for (uint32_t slot = Team::thread(); slot < found; slot += kThreads)
-    stage.values[slot] = late ? source.value(static_cast<uint32_t>(values[slot])) : values[slot];
-  Team::sync();
+                                           const int32_t* positions, uint32_t n, float passed) {
+  pad(scores, nullptr, n);
+  Scores all(typename Scores::template Array<float>(scores), n);
+  const Stored stored(ptx::Array<float>(scores), n);
+  const uint32_t found = all.pass(counts, find_cut(counts, all, stored, n, stage.count, 0, passed));
+  sync_selectors();
+  // First their numbers, in place of the scores, so that adjacent threads write adjacent values.
+  auto* chosen = reinterpret_cast<int32_t*>(scores);
+  const auto write = [&](int, uint32_t at, const float (&score)[4], uint32_t bits, uint32_t first) {
+    typename Scores::template Array<int32_t> to(chosen);
+    to.skip(first);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to.push_if(bits & 1U << j, static_cast<int32_t>(at) + j);
+    if (stage.scores == nullptr) return;
+    ptx::Array<float> to_scores(stage.scores + first);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to_scores.push_if(bits & 1U << j, score[j]);
+  };
+  all.for_slabs(counts, Nothing{}, write);
+  sync_selectors();
+  write_values(stage, chosen, positions, found);
+  sync_selectors();
 }
 
 // What is still in the running of a row that does not fit into a chunk, in order of position.
@@ -63,67 +62,138 @@ struct RowBuffer {
   uint32_t capacity;
   uint32_t size;
   Bar bar;  // that later candidates have to pass
+
+  __device__ bool has_bar() const { return bar.ties == 0; }
+  __device__ float passed() const { return has_bar() ? bar.score : NAN; }
 };
 
 // Cut the buffer to the best `count`, or up to `slack` more. It ends with a barrier.
-template <class Team, class Scores>
+template <class Scores>
 __device__ __forceinline__ void cut_buffer(Counts& counts, RowBuffer& buffer, uint32_t count,
                                            uint32_t slack) {
-  float* scores = buffer.scores;
-  int32_t* positions = buffer.positions;
+  using Floats = typename Scores::template Array<float>;
+  using Positions = typename Scores::template Array<int32_t>;
   const uint32_t size = buffer.size;
-  pad<Team>(scores, positions, size);
+  pad(buffer.scores, buffer.positions, size);
+  const Floats scores(buffer.scores);
+  const Positions positions(buffer.positions);
   Scores all(scores, size);
-  const Cut cut = find_cut<Team>(counts, all, {scores, size}, size, count, slack);
+  const Stored stored(ptx::Array<float>(buffer.scores), size);
+  const Cut cut = find_cut(counts, all, stored, size, count, slack, buffer.passed());
   const uint32_t left = all.pass(counts, cut);
-  all.for_slabs(counts, [&](uint32_t at, const float (&score)[4], uint32_t bits, uint32_t first) {
-    int4 four{};
-    if (at < size) four = *reinterpret_cast<const int4*>(positions + at);
-    Team::sync();  // nothing moves up, so what was not read yet is safe
-    const int32_t position[4] = {four.x, four.y, four.z, four.w};
-    for_four(bits, first, [&](bool passes, uint32_t slot, int j) {
-      ptx::store_if(passes, scores + slot, score[j]);
-      ptx::store_if(passes, positions + slot, position[j]);
-    });
-  });
-  if (Team::thread() == 0) {
+  int32_t position[4][4];
+  // Nothing moves up, so what was not read yet is safe.
+  const auto load = [&](int i, uint32_t at) {
+    if (at < size) positions.load_4(at, position[i]);
+  };
+  const auto move = [&](int i, uint32_t, const float (&score)[4], uint32_t bits, uint32_t first) {
+    Floats to_scores = scores;
+    Positions to_positions = positions;
+    to_scores.skip(first);
+    to_positions.skip(first);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      to_scores.push_if(bits & 1U << j, score[j]);
+      to_positions.push_if(bits & 1U << j, position[i][j]);
+    }
+  };
+  all.for_slabs(counts, load, move);
+  if (selector() == 0) {
     buffer.size = left;
     buffer.bar = {cut.bar.score, 0};  // later candidates lose a tie
   }
-  Team::sync();
+  sync_selectors();
 }
 
-// Move the chunk of n scores, of positions from `begin` on, into the buffer, as far as it passes
-// the bar that the row's best so far have set. If it does not fit, the buffer is cut to about the
-// best `count` first, and the bar rises. All threads call it, after a barrier; it ends with one.
-template <class Team, class Chunk, class Scores>
-__device__ __forceinline__ void add_to_buffer(Counts& counts, RowBuffer& buffer, uint32_t count,
-                                              float* chunk, uint32_t n, uint32_t begin) {
-  pad<Team>(chunk, nullptr, n);
-#pragma unroll 1
-  while (true) {
-    Chunk all(chunk, n);
-    const Bar bar = buffer.bar;
-    const uint32_t size = buffer.size;
-    const uint32_t passing = all.pass(counts, {bar, bar.ties > 0 ? n : 0});
-    if (size + passing <= buffer.capacity) {
-      float* scores = buffer.scores + size;
-      int32_t* positions = buffer.positions + size;
-      all.for_slabs(
-          counts, [&](uint32_t at, const float (&score)[4], uint32_t bits, uint32_t first) {
-            for_four(bits, first, [&](bool passes, uint32_t slot, int j) {
-              ptx::store_if(passes, scores + slot, score[j]);
-              ptx::store_if(passes, positions + slot, static_cast<int32_t>(begin + at + j));
-            });
-          });
-      Team::sync();
-      if (Team::thread() == 0) buffer.size = size + passing;
-      Team::sync();
-      return;
+// Scores of a chunk of a row, in shared memory: of positions from `begin` on.
+struct Chunk {
+  const float* scores;
+  uint32_t n;
+  int32_t begin;
+};
+
+// Move all of a chunk to a buffer that has no bar yet, and room for it. All threads call this and
+// the next two, after a barrier; they end with one.
+__device__ __forceinline__ void add_all(RowBuffer& buffer, const Chunk& chunk) {
+  const uint32_t size = buffer.size;
+  const auto position = [&](uint32_t i) { return chunk.begin + static_cast<int32_t>(i); };
+  if (size % 4 == 0) {  // what lies behind the last is written over
+#pragma unroll 4
+    for (uint32_t i = selector() * 4; i < chunk.n; i += kSlab) {
+      *reinterpret_cast<float4*>(buffer.scores + size + i) =
+          *reinterpret_cast<const float4*>(chunk.scores + i);
+      *reinterpret_cast<int4*>(buffer.positions + size + i) = {position(i), position(i + 1),
+                                                               position(i + 2), position(i + 3)};
     }
-    Team::sync();
-    cut_buffer<Team, Scores>(counts, buffer, count, (buffer.capacity - passing - count) / 2);
+  } else {
+#pragma unroll 1
+    for (uint32_t i = selector(); i < chunk.n; i += kSelectors) {
+      buffer.scores[size + i] = chunk.scores[i];
+      buffer.positions[size + i] = position(i);
+    }
   }
+  sync_selectors();
+  if (selector() == 0) buffer.size = size + chunk.n;
+  sync_selectors();
+}
+
+// Move those candidates of a chunk that are marked: a bit for each of the 16 of this thread, from
+// `first` on. False, and nothing done, if there is no room for all, `passing`.
+__device__ __forceinline__ bool add_marked(Counts& counts, RowBuffer& buffer, const Chunk& chunk,
+                                           uint32_t first, uint32_t marks, uint32_t& passing) {
+  const uint32_t size = buffer.size;
+  uint32_t slot = size + sum_before(counts, 0, static_cast<uint32_t>(__popc(marks)), passing);
+  const bool fits = size + passing <= buffer.capacity;
+  if (fits) {
+    const ptx::SharedArray<float> scores(chunk.scores + first);
+    for (; marks != 0; marks &= marks - 1, ++slot) {
+      const auto i = static_cast<uint32_t>(__ffs(static_cast<int>(marks)) - 1);
+      buffer.scores[slot] = scores.load(i);
+      buffer.positions[slot] = chunk.begin + static_cast<int32_t>(first + i);
+    }
+    if (selector() == 0) buffer.size = size + passing;
+  }
+  sync_selectors();
+  return fits;
+}
+
+// Likewise those of up to 2048 candidates that are above the buffer's bar.
+__device__ __forceinline__ bool add_above(Counts& counts, RowBuffer& buffer, const Chunk& chunk,
+                                          uint32_t& passing) {
+  constexpr int kOwn = kMostChunk / kSelectors;
+  const uint32_t size = buffer.size;
+  const float bar = buffer.bar.score;
+  const uint32_t lane = selector() % 32;
+  const uint32_t first = selector() / 32 * (32 * kOwn) + lane;
+  const ptx::SharedArray<float> scores(chunk.scores);
+  float score[kOwn];
+  uint32_t above[kOwn];  // of 32 adjacent candidates
+  uint32_t mine = 0;     // of the warp
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i)
+    score[i] = first + i * 32 < chunk.n ? scores.load(first + i * 32) : NAN;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    above[i] = __ballot_sync(~0U, score[i] > bar);
+    mine += static_cast<uint32_t>(__popc(above[i]));
+  }
+  uint32_t slot = size + sum_before(counts, 0, lane == 0 ? mine : 0, passing);
+  slot = __shfl_sync(~0U, slot, 0);  // of the warp's first one
+  const bool fits = size + passing <= buffer.capacity;
+  if (fits) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (score[i] > bar) {
+        const auto at = slot + static_cast<uint32_t>(__popc(above[i] & ((1U << lane) - 1)));
+        buffer.scores[at] = score[i];
+        buffer.positions[at] = chunk.begin + static_cast<int32_t>(first + i * 32);
+      }
+      slot += static_cast<uint32_t>(__popc(above[i]));
+    }
+    if (selector() == 0) buffer.size = size + passing;
+  }
+  sync_selectors();
+  return fits;
 }
 
 }  // namespace hisa::cuda::sm90

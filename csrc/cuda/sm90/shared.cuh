@@ -24,16 +24,17 @@ struct Config {
   static constexpr int kHeads = kHeads_;
   static constexpr int kGroup = kGroup_;
   static constexpr bool kPairs = kPairs_;  // of rows, with blocks of their own
-  static constexpr int kTile = tile_size(kPairs ? Work::kRefinePairs : Work::kFlat);
   static constexpr int kColumns = kHeads * kGroup;  // of a product
+  static constexpr bool kWide = has_wide_products(kColumns, kHeads, kType);
   static constexpr int kElement = static_cast<int>(element_size(kType));
   static constexpr int kRowBytes = kDim * kElement;  // of a key
+  static constexpr int kTile = tile_size(kColumns, kHeads, kRowBytes, kType, kPairs);
   static constexpr int kPitch = kRowBytes < 128 ? kRowBytes : 128;  // of a panel
   static constexpr int kPanels = kRowBytes / kPitch;  // channels of a key, one after the other
   static constexpr int kSteps = kPitch / 32;  // products along a panel
   // Warpgroups, and registers of their threads. At the start all threads have the same number, a
   // multiple of 8.
-  static constexpr int kScorers = kColumns > 64 || kRowBytes > 128 ? 2 : 3;
+  static constexpr int kScorers = (kColumns > 64 && !kWide) || kRowBytes > 128 ? 2 : 3;
   static constexpr int kWarpgroups = 2 + kScorers;
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kCopiers = 2;  // warps, of the warpgroup that loads
@@ -41,7 +42,7 @@ struct Config {
   // Products of a tile, of 64 keys each; tiles of a run, which a scorer goes through without a
   // stop. Fewer, where there are few registers.
   static constexpr int kParts = kTile / 64;
-  static constexpr int kRun = (kColumns > 64 && kPanels > 1 ? 2 : 4) / kParts;
+  static constexpr int kRun = (kColumns > 64 && !kWide ? 2 : 4) / kParts;
   // NOTE: a barrier tells only whether a phase is the one at hand or the one before. So each stage
   // has one copier and one scorer, who know by themselves that its last phase is over.
   static constexpr int kStageStep = std::lcm(kCopiers, kScorers);
@@ -51,13 +52,25 @@ struct Config {
   static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
   static_assert(kLeastStages <= kMaxStages);
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kSelectRegisters = kScorers == 3 ? 104 : 120;
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kScoreRegisters = kScorers == 3 ? 112 : 176;
+  static constexpr int kLoadRegisters = kPairs && !kWide ? 48 : 40;
+  static constexpr int kSelectRegisters = (kScorers < 3 ? 160 : kWide ? 144 : 168) - kLoadRegisters;
+  static constexpr int kScoreRegisters = kWide ? 112 : kScorers == 3 ? 104 : 176;
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "the swizzles in use");
   static_assert(kSelectRegisters + kLoadRegisters + kScorers * kScoreRegisters <=
                 kStartRegisters * kWarpgroups);
 };
+
+// What weights are multiplied by where products are wide, see score.cuh; none above kMostWeight is.
+inline constexpr float kUp = 0x1p25F;
+inline constexpr float kMostWeight = 0x1p100F;
+
+// Blocks that a row keeps.
+__device__ __forceinline__ uint32_t count_kept(const RowsParams& rows, const Row& row) {
+  if (row.empty()) return 0;
+  const int64_t first = (row.start - row.origin) >> rows.block_shift;
+  const int64_t last = (row.end - 1 - row.origin) >> rows.block_shift;
+  return static_cast<uint32_t>(min(rows.block_topk, last - first + 1));
+}
 
 struct GroupRow {
   Stage stage;
@@ -89,6 +102,7 @@ struct Group {
   uint32_t base;  // first key, where they are adjacent
   const int32_t* blocks;  // of the row, where they are not
   uint32_t scale_shift;  // scales in front of a box that are not the box's
+  bool huge;  // some weight is above kMostWeight
   alignas(16) float weights[C::kColumns];
   GroupRow rows[C::kGroup];
   std::conditional_t<C::kPairs, Pair, NoPair> pair;
@@ -99,24 +113,29 @@ struct Shared {
   Group<C> groups[C::kGroups];
   Counts counts;
   RowBuffer buffers[C::kGroup];
+  float bars[kMaxChunks][C::kGroup];  // that scores of a chunk need not be marked below; NaN: none
+  uint32_t votes;  // see pairs_pay()
   ptx::Barrier group_full[C::kGroups], group_empty[C::kGroups];
-  ptx::Barrier chunk_full[kChunks], chunk_empty[kChunks];
+  ptx::Barrier chunk_full[kMaxChunks], chunk_empty[kMaxChunks];
   ptx::Barrier tile_full[kMaxStages], tile_empty[kMaxStages];
 
-  __device__ void init_barriers() {
+  __device__ void init() {
+    votes = 0;
     constexpr int kScorerWarps = 4 * C::kScorers;
     for (int i = 0; i < C::kGroups; ++i) {
       group_full[i].init(1);
-      group_empty[i].init(kScorerWarps + 4 + C::kCopiers);
+      group_empty[i].init(kScorerWarps + kSelectorWarps + C::kCopiers);
     }
-    for (int i = 0; i < kChunks; ++i) {
+    for (int i = 0; i < kMaxChunks; ++i) {
       chunk_full[i].init(kScorerWarps);
-      chunk_empty[i].init(4);
+      chunk_empty[i].init(kSelectorWarps);
     }
     for (int i = 0; i < kMaxStages; ++i) {
       tile_full[i].init(1);
       tile_empty[i].init(4);
     }
+    for (float (&of_chunk)[C::kGroup] : bars)
+      for (float& bar : of_chunk) bar = NAN;
     ptx::fence_barrier_init();
   }
 };
@@ -128,22 +147,26 @@ struct Memory {
   char* queries;  // [groups] of kQueryBytes
   char* keys;  // [stages] of kTileBytes
   float* scale;  // [stages, boxes.tile]
-  float* chunks;  // [kChunks, kGroup, chunk]
+  float* chunks;  // [chunks at hand, kGroup, chunk]
+  uint32_t* marks;  // [chunks at hand, chunk / 16, kMarkWords], see Scorer::mark()
   float* buffers;  // [kGroup, 2, capacity]
 
+  static constexpr int kMarkWords = mark_words(C::kGroup);
   static constexpr int kQueryBytes = (C::kColumns * C::kRowBytes + 1023) / 1024 * 1024;
   static constexpr int kTileBytes = C::kTile * C::kRowBytes;
 
   __device__ Memory(char* start, const Params& params)
       : shared(*reinterpret_cast<Shared<C>*>(start)) {
     const RowsParams& rows = params.rows;
-    const Layout at = make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes,
-                                  params.groups, params.stages, params.boxes, rows.chunk,
-                                  rows.workspace == nullptr ? rows.capacity : 0);
+    const Layout at =
+        make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes, params.groups,
+                    params.stages, params.boxes, params.chunks, rows.chunk, rows.capacity > 0,
+                    rows.workspace == nullptr ? rows.capacity : 0);
     queries = start + at.queries;
     keys = start + at.keys;
     scale = reinterpret_cast<float*>(start + at.scale);
     chunks = reinterpret_cast<float*>(start + at.chunks);
+    marks = reinterpret_cast<uint32_t*>(start + at.marks);
     buffers = reinterpret_cast<float*>(rows.workspace == nullptr
                                            ? start + at.buffers
                                            : rows.workspace + blockIdx.x * C::kGroup * 2 *
@@ -151,6 +174,9 @@ struct Memory {
   }
   __device__ float* chunk(uint32_t i, int row, int64_t size) const {
     return chunks + (i * C::kGroup + row) * size;
+  }
+  __device__ uint32_t* chunk_marks(uint32_t i, int64_t size) const {
+    return marks + i * (size / 16 * kMarkWords);
   }
 };
 

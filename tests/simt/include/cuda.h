@@ -124,6 +124,9 @@ uint32_t reduce(uint32_t x, Combine combine) {
         for (int i = 0; i < 32; ++i) out[i] = all;
       }));
 }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint32_t>(x)) + 1; }
+inline float __logf(float x) { return std::log(x); }
+inline float __saturatef(float x) { return x > 0 ? std::fmin(x, 1.0F) : 0.0F; }
 inline float __powf(float a, float b) { return std::pow(a, b); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t x) {

@@ -11,13 +11,23 @@ namespace hisa::cuda::ptx {
 inline uint32_t shared_address(const void* object) {
   return static_cast<uint32_t>(static_cast<const char*>(object) - sm90::start);
 }
-template <class T>
-void store_if(bool wanted, T* to, T x) {
-  if (wanted) *to = x;
-}
 inline void store_if(bool wanted, uint32_t to, float x) {
   if (wanted) std::memcpy(sm90::start + to, &x, 4);
 }
+template <class T>
+struct Array {
+  T* data;
+
+  explicit Array(const T* data) : data(const_cast<T*>(data)) {}
+  T load(uint32_t i) const { return data[i]; }
+  void load_4(uint32_t i, T (&x)[4]) const { std::memcpy(x, data + i, sizeof x); }
+  void skip(uint32_t n) { data += n; }
+  void push_if(uint32_t wanted, T x) {
+    if (wanted != 0) *data++ = x;
+  }
+};
+template <class T>
+using SharedArray = Array<T>;
 inline void add(uint32_t address, uint32_t x) {
   *reinterpret_cast<uint32_t*>(sm90::start + address) += x;
 }

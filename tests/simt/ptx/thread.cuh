@@ -6,6 +6,9 @@ namespace hisa::cuda::ptx {
 
 inline uint32_t this_thread() { return threadIdx.x; }
 inline float here(float x) { return x; }
-inline void sync_warpgroup() { simt::Block::current().sync(1, 128); }
+template <int kThreads>
+void sync_some() {
+  simt::Block::current().sync(1, kThreads);
+}
 
 }  // namespace hisa::cuda::ptx
