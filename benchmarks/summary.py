@@ -23,7 +23,7 @@ On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_
 `block_size` 128; the module in bfloat16, hidden 7168. Medians, and what multiple of the time of
 `hisa.index` they are; memory beyond the inputs. Random: queries are independent, the worst case.
 Text: they drift, so that neighbours share three of four kept blocks or more. Portable: the kernels
-that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`; the module ran on them."""
+that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`."""
 PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
 HEADER = ("", "hisa", "compared with", "gain", "case")
 

@@ -34,21 +34,27 @@ EVERY = (*OURS, TORCH, *FOREIGN)
 RUNS = 20  # at least, of a peer with a goal
 LIMIT = """
 What limits it, by bare kernels on an H200 and clocks read in them, H=64 but where it says
-otherwise. Selection: with it left out, refine takes 8.2 to 8.7 ms of a 64K prefill, flat 33.8
-and 1.9 at 16K; with it 8.6 to 9.6, 40.4 and 3.2. Before scores were held in registers the
-selecting warpgroup was busy for 35 of 36 thousand cycles a row, 14 an instruction, since shared
-memory is busy with operands. Then power: random inputs bring the clock down to 1.53 GHz (1.81
-for zeros, where the same kernels make 1200 instead of 1040 TFLOP/s). Issue: adding up 64 keys
-takes 160 to 180 instructions a scheduler, of 256 tensor cycles for two rows.
+otherwise. Power: the board's 700 W bring the clock from 1.97 GHz down to 1.3 to 1.5 while all is
+busy; a refine of 64K, text, takes 7.94 ms in a short run and 8.87 in a long one. Bare products of
+128 columns with the copies of their keys make 1400 TFLOP/s at 1.32 GHz, added up 1223 to 1241, and
+with a maximum for relu() 1102 to 1122; of 64 columns, which wait for copies, 1077. Selection: with
+it left out a refine takes 7.2 to 7.8 ms, flat 34.0, and 1.94 at 16K; with it 7.94, 39.3, 2.72. Of
+260 thousand cycles of two flat rows scorers wait for the selector for 24, for products for 50, for
+keys for 14; in the rest a scorer's 200 instructions for 64 keys are issued beside those of two
+others. ncu, refine row by row and flat, before the last changes: tensor pipe active 51 and
+49 %, issue slots 58 and 50, ALU 46 and 44, shared memory 63 and 52, L2 73 and 37.
 
 Designs of refine, ms of 64K x 64K, text and random. One row at a time, three scoring warpgroups:
 first 13.5 (random); a shorter copying loop 12.2; two halves of a tile in flight 11.3; bar by
-range 10.4, three groups of queries at hand 10.1; scores in registers 8.6 and 9.6. Two rows,
-common blocks with 128 columns: 9.9 and 10.7; with scores in registers 9.0 and 10.4, where one
-row at a time took 9.0 and 9.8 in the same run; H=32: 6.7 and 8.0, where one row at a time took
-7.2 and 7.4. Heads as the A operand: a bare kernel without selection made 742 TFLOP/s. Selection:
-a histogram in shared memory over the range 9.7; a sample's range, a pass per warp 9.7; counting,
-in registers 9.0. Adding |x| instead of a maximum, which another pipe does: 9.9 for 10.0."""
+range 10.4, three groups of queries at hand 10.1; scores in registers 8.6 and 9.6; secants 9.17
+and 8.41. Two rows, common blocks with 128 columns: 9.9 and 10.7; scores in registers 9.0 and
+10.4; three scorers with one product each 8.8 and 9.99; secants, fewer instructions in the
+selector 7.94 and 9.07. The GPU chooses between the last of each. Heads as the A operand: a bare
+kernel without selection made 742 TFLOP/s. The next product begun before the sums of the last are
+stored: 35.9 for 34.0, flat without selection. 256 selecting threads: products of 128 columns do
+not compile. Selection: a histogram in shared memory over the range 9.7; a sample's range, a pass
+per warp 9.7; counting, in registers 9.0; what scorers mark, read by two rows at once or one after
+the other, 39.7 for 41.3, flat."""
 PORTABLE = """
 These are the portable kernels: this build, or this GPU, has not those for Hopper, which the goals
 and limits are made for."""
