@@ -128,9 +128,11 @@ sanitize: $(READY) ## the fast suite under AddressSanitizer and UndefinedBehavio
 	$(PYTEST) -o pythonpath='$(SANITIZED) .' --import-mode=append -m 'not long and not gpu' \
 	  $(UNSANITIZED) $(ARGS) || { cat $(REPORT)* 2>/dev/null; exit 1; }
 
-# Each tool must report a bug made for it, and nothing in ours.
+# Each tool must report a bug made for it, and nothing in ours. `-m` takes the build of the folder it
+# is called in.
 CUDA_TOOLS := memcheck racecheck initcheck synccheck
 CHECKED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
+PY_ANYWHERE = $(if $(VENV),$(abspath $(PY)),$(PY))
 sanitize-cuda: $(READY) ## every CUDA kernel under the four tools of compute-sanitizer
 	@echo '== hisa._C as racecheck needs it'
 	@HISA_CUDA=1 NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS -DHISA_RACECHECK" $(PY) -W ignore setup.py -q \
@@ -138,11 +140,11 @@ sanitize-cuda: $(READY) ## every CUDA kernel under the four tools of compute-san
 	  build_ext --build-lib build/racecheck/lib --build-temp build/racecheck/temp 2>&1 | $(SHORT)
 	@nvcc -w -o build/seeded_bugs tests/seeded_bugs.cu
 	@for tool in $(CUDA_TOOLS); do \
-	  if [ $$tool = racecheck ]; then export PYTHONPATH=$(CURDIR)/build/racecheck/lib:$(CURDIR); \
-	  else export PYTHONPATH=$(CURDIR); fi; \
+	  if [ $$tool = racecheck ]; then lib=build/racecheck/lib; else lib=.; fi; \
 	  if $(CHECKED) $$tool build/seeded_bugs $$tool >build/sanitize.log; then \
 	    cat build/sanitize.log; echo "$$tool does not report its seeded bug"; exit 1; fi; \
-	  $(CHECKED) $$tool $(PY) -m tests.sanitize_cuda >build/sanitize.log 2>&1 \
+	  (cd $$lib && PYTHONPATH=$(CURDIR) $(CHECKED) $$tool $(PY_ANYWHERE) -m tests.sanitize_cuda) \
+	    >build/sanitize.log 2>&1 \
 	    || { cat build/sanitize.log; exit 1; }; \
 	  echo "$$tool: $$(tail -n 2 build/sanitize.log | paste -sd ' ')"; \
 	done
