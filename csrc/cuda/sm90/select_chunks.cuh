@@ -66,7 +66,8 @@ class ChunkSelector {
     sync_selectors();
   }
 
-  // Take up a chunk of a row, which begins at key `begin` of the group. It ends with a barrier.
+  // Take up a chunk of a row, which begins at key `begin` of the group. It ends with a barrier, if
+  // the row has scores there.
   __device__ __forceinline__ void add(const GroupRow& row, int number, uint32_t begin,
                                       uint32_t chunk) const {
     const auto size = static_cast<uint32_t>(params_.rows.chunk);

@@ -148,7 +148,7 @@ struct Memory {
   char* keys;  // [stages] of kTileBytes
   float* scale;  // [stages, boxes.tile]
   float* chunks;  // [chunks at hand, kGroup, chunk]
-  uint32_t* marks;  // [chunks at hand, chunk / 16, kMarkWords], see Scorer::mark()
+  uint32_t* marks;  // [chunks at hand, chunk / 16, kMarkWords], see Scorer::add_up()
   float* buffers;  // [kGroup, 2, capacity]
 
   static constexpr int kMarkWords = mark_words(C::kGroup);
