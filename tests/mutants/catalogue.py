@@ -250,7 +250,7 @@ CUDA_MUTANTS = [
            "return chunk.begin + static_cast<int32_t>(i);", "return static_cast<int32_t>(i);"),
     Mutant("hopper: one more than is kept", "cuda/sm90/search.cuh",
            "return reach_low_ <= most_ ||", "return reach_low_ <= most_ + 1 ||"),
-    Mutant("hopper: ties among few blocks", "cuda/sm90/select_warp.cuh",
+    Mutant("hopper: ties among few blocks", "cuda/sm90/select_few.cuh",
            "static_cast<uint32_t>(__popc(all & before)) < ties", "true"),
     Mutant("hopper: calls of other families", "cuda/sm90/launch.cpp",
            "variant.heads == shape.heads", "variant.heads >= shape.heads"),

@@ -48,9 +48,10 @@ __device__ __forceinline__ T load(uint32_t address) {
 }
 
 // 4 bytes, if `wanted`, without a branch.
-__device__ __forceinline__ void store_if(bool wanted, uint32_t to, float x) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.f32 [%0], %1; }" ::"r"(to),
-               "f"(x), "r"(static_cast<uint32_t>(wanted))
+template <class T>
+__device__ __forceinline__ void store_if(bool wanted, uint32_t to, T x) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b32 [%0], %1; }" ::"r"(to),
+               "r"(std::bit_cast<uint32_t>(x)), "r"(static_cast<uint32_t>(wanted))
                : "memory");
 }
 
@@ -75,21 +76,6 @@ struct SharedArray {
         : "+r"(address)
         : "r"(std::bit_cast<uint32_t>(x)), "r"(wanted)
         : "memory");
-  }
-};
-
-// The same for any memory.
-template <class T>
-struct Array {
-  T* data;
-
-  __device__ __forceinline__ explicit Array(T* data) : data(data) {}
-  __device__ __forceinline__ void load_4(uint32_t i, T (&x)[4]) const {
-    for (int j = 0; j < 4; ++j) x[j] = data[i + j];
-  }
-  __device__ __forceinline__ void skip(uint32_t n) { data += n; }
-  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
-    if (wanted != 0) *data++ = x;
   }
 };
 

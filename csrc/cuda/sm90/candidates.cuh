@@ -227,11 +227,26 @@ class Held {
   uint32_t before_[kQuads];  // how many pass of the lanes before, of each slab
 };
 
+// ptx::SharedArray for any memory.
+template <class T>
+struct AnyArray {
+  T* data;
+
+  __device__ __forceinline__ explicit AnyArray(T* data) : data(data) {}
+  __device__ __forceinline__ void load_4(uint32_t i, T (&x)[4]) const {
+    for (int j = 0; j < 4; ++j) x[j] = data[i + j];
+  }
+  __device__ __forceinline__ void skip(uint32_t n) { data += n; }
+  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
+    if (wanted != 0) *data++ = x;
+  }
+};
+
 // In any memory, any number. Slower, and little code.
 class Stored {
  public:
   template <class T>
-  using Array = ptx::Array<T>;
+  using Array = AnyArray<T>;
 
   __device__ Stored(Array<float> scores, uint32_t n) : scores_(scores.data), n_(n) {}
 

@@ -158,13 +158,13 @@ cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* dat
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, bool one_of_two, int32_t* kept,
-                         char* workspace, cudaStream_t stream) {
+cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept, char* workspace,
+                         cudaStream_t stream) {
   Params params{};
   params.rows = rows;
   params.kept = kept;
   params.work = plan.work;
-  params.one_of_two = one_of_two;
+  params.one_of_two = plan.one_of_two;
   params.stages = plan.stages;
   params.groups = static_cast<uint32_t>(plan.groups);
   params.chunks = static_cast<uint32_t>(plan.chunks);
@@ -232,7 +232,7 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   if (geometry.tokens.work == Work::kRefinePairs &&
       shape.rows >= kManyRows * limits.multiprocessors) {
     geometry.other = make_plan(shape, limits, Work::kRefine, tokens, std::min(shape.topk, tokens));
-    geometry.has_other = geometry.other.capacity == 0;
+    geometry.tokens.one_of_two = geometry.other.one_of_two = geometry.other.capacity == 0;
   }
   geometry.lists = round_up(shape.rows * geometry.kept * 4, 16);
   geometry.workspace =
@@ -246,13 +246,12 @@ cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* works
   char* buffers = workspace + geometry.lists;
   params.kept = geometry.kept;
   if (geometry.prunes)
-    if (const cudaError_t error =
-            launch_stage(params, geometry.coarse, false, kept, buffers, stream))
+    if (const cudaError_t error = launch_stage(params, geometry.coarse, kept, buffers, stream))
       return error;
-  if (geometry.has_other)
-    if (const cudaError_t error = launch_stage(params, geometry.other, true, kept, buffers, stream))
+  if (geometry.tokens.one_of_two)
+    if (const cudaError_t error = launch_stage(params, geometry.other, kept, buffers, stream))
       return error;
-  return launch_stage(params, geometry.tokens, geometry.has_other, kept, buffers, stream);
+  return launch_stage(params, geometry.tokens, kept, buffers, stream);
 }
 
 }  // namespace hisa::cuda::sm90

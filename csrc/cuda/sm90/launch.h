@@ -20,6 +20,7 @@ inline constexpr bool kCompiled = false;  // no call is taken
 // One kernel's launch.
 struct Plan {
   Work work;
+  bool one_of_two;  // see Params
   int group;   // rows
   int groups, stages, chunks;  // see Params
   Boxes boxes;
@@ -36,8 +37,7 @@ struct Geometry {
   int64_t kept;     // blocks of a row, at most
   Plan coarse;      // if it prunes
   Plan tokens;
-  bool has_other;   // whether the GPU chooses between `tokens`, by pairs of rows, and `other`
-  Plan other;       // row by row
+  Plan other;       // row by row, if `tokens` is by pairs and one of two
   int64_t lists;    // bytes of the lists of kept blocks
   int64_t workspace;  // bytes
 };

@@ -304,7 +304,7 @@ class Scorer {
         const uint32_t passing = __ballot_sync(~0U, !(score <= own.bar[i]));
         ptx::store_if(threadIdx.x % 32 == 0,
                       own.marks + (static_cast<uint32_t>(position) / 16 * Own<kRows>::kOwn + i) * 4,
-                      __uint_as_float(passing));
+                      passing);
       }
     }
   }

@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, f
                                            const int32_t* positions, uint32_t n, float passed) {
   pad(scores, nullptr, n);
   Scores all(typename Scores::template Array<float>(scores), n);
-  const Stored stored(ptx::Array<float>(scores), n);
+  const Stored stored(AnyArray<float>(scores), n);
   const uint32_t found = all.pass(counts, find_cut(counts, all, stored, n, stage.count, 0, passed));
   sync_selectors();
   // First their numbers, in place of the scores, so that adjacent threads write adjacent values.
@@ -45,7 +45,7 @@ __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, f
 #pragma unroll
     for (int j = 0; j < 4; ++j) to.push_if(bits & 1U << j, static_cast<int32_t>(at) + j);
     if (stage.scores == nullptr) return;
-    ptx::Array<float> to_scores(stage.scores + first);
+    AnyArray<float> to_scores(stage.scores + first);
 #pragma unroll
     for (int j = 0; j < 4; ++j) to_scores.push_if(bits & 1U << j, score[j]);
   };
@@ -78,7 +78,7 @@ __device__ __forceinline__ void cut_buffer(Counts& counts, RowBuffer& buffer, ui
   const Floats scores(buffer.scores);
   const Positions positions(buffer.positions);
   Scores all(scores, size);
-  const Stored stored(ptx::Array<float>(buffer.scores), size);
+  const Stored stored(AnyArray<float>(buffer.scores), size);
   const Cut cut = find_cut(counts, all, stored, size, count, slack, buffer.passed());
   const uint32_t left = all.pass(counts, cut);
   int32_t position[4][4];

@@ -11,14 +11,15 @@ namespace hisa::cuda::ptx {
 inline uint32_t shared_address(const void* object) {
   return static_cast<uint32_t>(static_cast<const char*>(object) - sm90::start);
 }
-inline void store_if(bool wanted, uint32_t to, float x) {
+template <class T>
+void store_if(bool wanted, uint32_t to, T x) {
   if (wanted) std::memcpy(sm90::start + to, &x, 4);
 }
 template <class T>
-struct Array {
+struct SharedArray {
   T* data;
 
-  explicit Array(const T* data) : data(const_cast<T*>(data)) {}
+  explicit SharedArray(const T* data) : data(const_cast<T*>(data)) {}
   T load(uint32_t i) const { return data[i]; }
   void load_4(uint32_t i, T (&x)[4]) const { std::memcpy(x, data + i, sizeof x); }
   void skip(uint32_t n) { data += n; }
@@ -26,8 +27,6 @@ struct Array {
     if (wanted != 0) *data++ = x;
   }
 };
-template <class T>
-using SharedArray = Array<T>;
 inline void add(uint32_t address, uint32_t x) {
   *reinterpret_cast<uint32_t*>(sm90::start + address) += x;
 }
