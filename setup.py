@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -113,6 +114,8 @@ class BuildKernels(BuildExtension):
         self.build_temp = "build/sanitize" if SANITIZING else "build/temp"
 
     def build_extension(self, ext: Extension) -> None:
+        start = time.monotonic()
+
         def compile_kernel(source: str) -> str:
             (built,) = self.compiler.compile(
                 [source],
@@ -128,7 +131,8 @@ class BuildKernels(BuildExtension):
         with ThreadPoolExecutor(max_workers=2 if self.use_ninja else 1) as pool:
             ext.extra_objects = list(pool.map(compile_kernel, X86_KERNELS if IS_X86 else ()))
         super().build_extension(ext)
-        print(self.summary, flush=True)
+        size = os.path.getsize(self.get_ext_fullpath(ext.name)) / 2**20
+        print(f"{self.summary}, {time.monotonic() - start:.0f} s, {size:.1f} MiB", flush=True)
 
 
 def make_extension(use_cuda: bool, hopper: bool = False) -> Extension:
