@@ -59,15 +59,16 @@ struct Expected {
                 dtype_name(dtype), ", got ", describe(got));
   }
 
-  void check(const Tensor& got, const Tensor& k) const {
+  // Its device is that of `other`, which is called `whose`.
+  void check(const Tensor& got, const Tensor& other, const char* whose = "k") const {
     TORCH_CHECK_TYPE(got.scalar_type() == dtype, message(got));
     bool same = got.dim() == static_cast<int64_t>(sizes.size());
     for (size_t i = 0; same && i < sizes.size(); ++i)
       same = sizes[i] < 0 || got.sizes()[i] == sizes[i];
     TORCH_CHECK_VALUE(same, message(got));
-    TORCH_CHECK_VALUE(got.device() == k.device(),
-                      join(name, ": expected a tensor on ", k.device().str(),
-                           " as k is, got one on ", got.device().str()));
+    TORCH_CHECK_VALUE(got.device() == other.device(),
+                      join(name, ": expected a tensor on ", other.device().str(), " as ", whose,
+                           " is, got one on ", got.device().str()));
   }
 
   void check(const OptionalTensor& got, const Tensor& k) const {
@@ -175,6 +176,52 @@ void check(const MaskArguments& a) {
   TORCH_CHECK_VALUE(
       a.mask.size(2) <= support::kMaxKeys,
       join("mask: expected at most ", support::kMaxKeys, " keys (T), got ", a.mask.size(2)));
+}
+
+void check(const RopeArguments& a) {
+  const bool known =
+      is_element_type(a.x.scalar_type()) && a.x.scalar_type() != ScalarType::Float8_e4m3fn;
+  TORCH_CHECK_TYPE(
+      known, join("x: expected [B, S, H, D] float32, bfloat16 or float16, got ", describe(a.x)));
+  TORCH_CHECK_VALUE(a.x.dim() == 4, join("x: expected [B, S, H, D], got ", describe(a.x)));
+  const int64_t dim = a.x.size(3);
+  TORCH_CHECK_VALUE(
+      dim >= support::kDimStep && dim <= support::kMaxDim && dim % support::kDimStep == 0,
+      join("x: expected D to be a multiple of ", support::kDimStep, " from ", support::kDimStep,
+           " to ", support::kMaxDim, ", got ", dim));
+  TORCH_CHECK_VALUE(
+      a.cos.has_value() == a.sin.has_value(),
+      join("cos, sin: expected both or neither, got only ", a.cos.has_value() ? "cos" : "sin"));
+  if (!a.cos.has_value()) {
+    TORCH_CHECK_VALUE(a.quantize, "cos, sin: expected both, got neither, and nothing to quantize");
+    return;
+  }
+  const auto check_angles = [&](const char* name, const Tensor& got) {
+    const bool one = got.dim() == 3 && got.size(0) == 1;
+    Expected{name, "[B or 1, S, R]", a.x.scalar_type(), {one ? 1 : a.x.size(0), a.x.size(1), -1}}
+        .check(got, a.x, "x");
+  };
+  check_angles("cos", *a.cos);
+  Expected{"sin", "[B or 1, S, R]", a.x.scalar_type(), a.cos->sizes().vec()}.check(*a.sin, a.x,
+                                                                                   "x");
+  const int64_t turned = a.cos->size(2);
+  TORCH_CHECK_VALUE(turned > 0 && turned % support::kTurnedStep == 0,
+                    join("cos: expected R to be a multiple of ", support::kTurnedStep, ", got ",
+                         describe(*a.cos)));
+  TORCH_CHECK_VALUE(a.first >= 0 && a.first % support::kTurnedStep == 0 && a.first <= dim - turned,
+                    join("first: expected a multiple of ", support::kTurnedStep,
+                         " from 0 to D - R = ", dim - turned, ", got ", a.first));
+}
+
+void check(const CompleteArguments& a) {
+  Expected{"indices", "[M, topk]", ScalarType::Int, {-1, -1}}.check(a.indices, a.indices);
+  TORCH_CHECK_VALUE(a.indices.is_contiguous(), "indices: expected a contiguous tensor");
+  const int64_t rows = a.indices.size(0);
+  Expected{"ks", "[M]", ScalarType::Int, {rows}}.check(a.ks, a.indices, "indices");
+  Expected{"ke", "[M]", ScalarType::Int, {rows}}.check(a.ke, a.indices, "indices");
+  TORCH_CHECK_VALUE(a.keys >= a.indices.size(1) && a.keys <= support::kMaxKeys,
+                    join("keys: expected topk = ", a.indices.size(1), " to ", support::kMaxKeys,
+                         ", got ", a.keys));
 }
 
 ElementType element_type(ScalarType dtype) {

@@ -49,10 +49,27 @@ struct MaskArguments {
   const at::Tensor& mask;
 };
 
+struct RopeArguments {
+  const at::Tensor& x;
+  const std::optional<at::Tensor>& cos;
+  const std::optional<at::Tensor>& sin;
+  int64_t first;
+  bool quantize;
+};
+
+struct CompleteArguments {
+  const at::Tensor& indices;
+  const at::Tensor& ks;
+  const at::Tensor& ke;
+  int64_t keys;
+};
+
 void check(const PoolArguments& arguments);
 void check(const IndexArguments& arguments);
 void check(const FlatArguments& arguments);
 void check(const MaskArguments& arguments);
+void check(const RopeArguments& arguments);
+void check(const CompleteArguments& arguments);
 
 // Sizes alone, for the planner.
 void check_sizes(int64_t heads, int64_t dim, int64_t keys);

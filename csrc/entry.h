@@ -1,10 +1,9 @@
 // The operators, once for every device: check, guard, sizes, allocate, fill params, run.
 //
-// `Device` is where they run. It is made from k or the mask, which sets the current device, and
-// provides
+// `Device` is where they run. It is made from k, which sets the current device, and provides
 //   kAlignment, kFarthest            of rows and their distances, in bytes
 //   overlaps(shape)                  whether rows of such a call may lie on top of each other
-//   pool(params), index(params, shape), flat(params, shape), mask(params)
+//   pool(params), index(params, shape), flat(params, shape)
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,7 +21,6 @@ namespace hisa {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
-using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // Rows may lie apart or on top of each other; their elements must be adjacent, every row must begin
 // at a multiple of `alignment` bytes and of an element's size, and from one to the next it must be
@@ -203,34 +201,6 @@ TwoTensors flat_index(const Tensor& q, const Tensor& k, const Tensor& weights,
                .windows = make_windows(start, end, {}),
                .output = output_params(output, return_scores)},
               shape);
-  return output;
-}
-
-template <class Device>
-ThreeTensors mask_windows(const Tensor& mask) {
-  check(MaskArguments{mask});
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  Device device(mask);
-
-  // NOTE: memory that others made may not even be aligned to its elements. Only that is copied.
-  const bool aligned = reinterpret_cast<intptr_t>(mask.const_data_ptr()) % mask.element_size() == 0;
-  const Tensor values = aligned ? mask : mask.clone();
-  const at::TensorOptions options = mask.options().dtype(at::kInt);
-  ThreeTensors output{at::empty({mask.size(0), mask.size(1)}, options),
-                      at::empty({mask.size(0), mask.size(1)}, options),
-                      at::empty({sizeof(MaskSummary) / sizeof(int32_t)}, options)};
-  auto& [start, end, summary] = output;
-  device.mask({.data = values.const_data_ptr(),
-               .entries = mask.size(0),
-               .rows = mask.size(1),
-               .keys = mask.size(2),
-               .entry_stride = values.stride(0),
-               .row_stride = values.stride(1),
-               .key_stride = values.stride(2),
-               .type = mask_type(mask),
-               .start = start.template mutable_data_ptr<int32_t>(),
-               .end = end.template mutable_data_ptr<int32_t>(),
-               .summary = static_cast<MaskSummary*>(summary.mutable_data_ptr())});
   return output;
 }
 

@@ -1,4 +1,5 @@
-// The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py.
+// The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py and
+// hisa/around.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(hisa, m) {
@@ -16,6 +17,11 @@ TORCH_LIBRARY(hisa, m) {
       " Tensor? ks=None, Tensor? ke=None, SymInt topk=2048,"
       " bool return_scores=False) -> (Tensor indices, Tensor scores)");
   m.def("mask_windows(Tensor mask) -> (Tensor ks, Tensor ke, Tensor summary)");
+  m.def(
+      "rope_quantize(Tensor x, Tensor? cos=None, Tensor? sin=None, *, SymInt first=0,"
+      " bool interleaved=False, bool quantize=False, bool power_of_two=False)"
+      " -> (Tensor y, Tensor scale)");
+  m.def("complete(Tensor(a!) indices, Tensor ks, Tensor ke, *, SymInt keys) -> ()");
 }
 
 // Selection has no gradient: outputs of every operator are constants to autograd.
@@ -24,4 +30,6 @@ TORCH_LIBRARY_IMPL(hisa, Autograd, m) {
   m.impl("index", torch::CppFunction::makeFallthrough());
   m.impl("flat_index", torch::CppFunction::makeFallthrough());
   m.impl("mask_windows", torch::CppFunction::makeFallthrough());
+  m.impl("rope_quantize", torch::CppFunction::makeFallthrough());
+  m.impl("complete", torch::CppFunction::makeFallthrough());
 }

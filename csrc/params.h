@@ -102,4 +102,28 @@ struct MaskParams {
   MaskSummary* summary;
 };
 
+// Queries or keys on their way from a projection to the indexer: turned, quantised, or both.
+struct RopeParams {
+  const void* x;    // [entries, rows, heads, dim] of `type`
+  const void* cos;  // [entries or 1, rows, turned] of `type`, may be null: nothing is turned
+  const void* sin;  // likewise
+  int64_t entries, rows, heads, dim;
+  int64_t angle_stride;   // elements from one entry's angles to the next one's, may be 0
+  int64_t first, turned;  // channels [first, first + turned) are turned
+  bool interleaved;       // in pairs (2i, 2i + 1), not (i, i + turned / 2)
+  bool quantize, power_of_two;
+  ElementType type;  // not fp8
+  void* y;           // as x; fp8 if quantised
+  float* scale;      // [entries, rows, heads] fp32 if quantised
+};
+
+// Unused slots of a selection get positions, and all become absolute: see complete.h.
+struct CompleteParams {
+  int32_t* indices;  // [rows, topk], relative to `start`, ascending, then -1
+  const int32_t* start;  // [rows]
+  const int32_t* end;    // [rows]
+  int64_t rows, topk;
+  int64_t keys;
+};
+
 }  // namespace hisa

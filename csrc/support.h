@@ -13,6 +13,7 @@ inline constexpr int64_t kMaxDim = 256;          // ... up to 256
 inline constexpr int64_t kMinBlockTopk = 2;      // the first and the last block are always kept
 inline constexpr int64_t kMaxKeys = 2147483647;  // indices are int32
 inline constexpr int64_t kMaxRows = 2147483647;  // of a plan, so that its counts fit in 64 bits
+inline constexpr int64_t kTurnedStep = 8;        // channels turned by RoPE, and where they begin
 // dtypes of q and k: see element_type() in checks.cpp, which the same text names.
 inline constexpr const char* kElementTypes = "float32, bfloat16, float16 or float8_e4m3fn";
 // of a mask: see mask_type() in checks.cpp

@@ -243,7 +243,7 @@ class HierarchicalIndexer(nn.Module):
         *,
         step: int,
         finish: Finish,
-        prune: bool,
+        prune: Callable[[], bool],
         k_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
         topk: int | None = None,
@@ -258,8 +258,9 @@ class HierarchicalIndexer(nn.Module):
             step: how many rows to project together.
             finish: makes of indices `[B * r, topk]` relative to `packed_ks`, and the rows they are
                 of, what is returned for them.
-            prune: whether any row may see more blocks than are kept. The keys are then pooled once
-                for all rows.
+            prune: says whether any row may see more blocks than are kept. The keys are then pooled
+                once for all rows. It is asked when the first rows are projected, so that a device
+                has work while it waits for the answer.
             k_scale: `[B, N]` float32.
             dtype: in which to score, or to quantise from; absent, what holds queries and keys.
             topk: instead of the indexer's own.
@@ -289,7 +290,7 @@ class HierarchicalIndexer(nn.Module):
                     "block_size": settings.block_size,
                     "pooling": settings.pooling,
                 }
-                pooled = hisa.pool_keys(k, **options) if prune else None
+                pooled = hisa.pool_keys(k, **options) if prune() else None
             q, q_scale = to_precision(settings, queries.flatten(0, 1), dtype)
             weights = weights.flatten(0, 1).float()
             indices = (index or hisa.index)(
@@ -343,7 +344,7 @@ class HierarchicalIndexer(nn.Module):
             windows,
             step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
             finish=positions,
-            prune=windows.can_prune(settings.block_size, settings.block_topk),
+            prune=lambda: windows.can_prune(settings.block_size, settings.block_topk),
             k_scale=k_scale if batched or k_scale is None else k_scale[None],
         )
         return selected if batched else selected[0]

@@ -29,7 +29,7 @@ Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _fake_kernel(name: str) -> Callable[[Function], Function]:
+def fake_kernel(name: str) -> Callable[[Function], Function]:
     """Register a fake kernel where the operator exists, that is, where the extension is built."""
 
     def register(function: Function) -> Function:
@@ -84,7 +84,7 @@ def pool_keys(
     return pooled
 
 
-@_fake_kernel("pool_keys")
+@fake_kernel("pool_keys")
 def _(
     k: Tensor,
     *,
@@ -246,7 +246,7 @@ def index(
     return (indices, scores) if return_scores else indices
 
 
-@_fake_kernel("index")
+@fake_kernel("index")
 def _(
     q: Tensor,
     k: Tensor,
@@ -361,7 +361,7 @@ def flat_index(
     return (indices, scores) if return_scores else indices
 
 
-@_fake_kernel("flat_index")
+@fake_kernel("flat_index")
 def _(
     q: Tensor,
     k: Tensor,
@@ -405,7 +405,7 @@ def mask_windows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return windows
 
 
-@_fake_kernel("mask_windows")
+@fake_kernel("mask_windows")
 def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_mask(mask)
     ks, ke = (mask.new_empty(mask.shape[:2], dtype=torch.int32) for _ in range(2))

@@ -12,6 +12,12 @@ from tests.builders import exact_case, int32
 from tests.checker import assert_same
 from tests.families import CUDA
 from tests.numeric import DTYPES
+from tests.test_around import DTYPES as ROPE_DTYPES
+from tests.test_around import SHAPES as ROPE_SHAPES
+from tests.test_around import (
+    test_completes_rows_of_all_lengths,
+    test_turns_as_the_models_do,
+)
 from tests.test_cuda_dispatch import KERNELS
 from tests.test_t18_mask_windows import DTYPES as MASK_DTYPES
 from tests.test_t18_mask_windows import LAYOUTS, assert_right, fuzzed
@@ -46,7 +52,13 @@ def main() -> None:
             mask = fuzzed(seed, dtype).cuda()
             assert_right(layout(mask), mask)
             shapes += 1
-    print(f"{shapes} shapes right")
+    for dtype in ROPE_DTYPES:
+        for shape in ROPE_SHAPES:
+            for interleaved in (False, True):
+                test_turns_as_the_models_do("cuda", shape, dtype, interleaved)
+                shapes += 1
+    test_completes_rows_of_all_lengths("cuda")
+    print(f"{shapes + 1} shapes right")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_schemas_are_kept() -> None:
 
 def current_schemas() -> dict[str, str]:
     """Schemas of this build."""
-    names = (*OPS, "certify", "exact_index", "mask_windows")
+    names = (*OPS, "certify", "exact_index", "mask_windows", "rope_quantize", "complete")
     return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in names}
 
 

@@ -3,6 +3,8 @@
 #include <torch/library.h>
 
 #include "../entry.h"
+#include "../entry_around.h"
+#include "around.h"
 #include "float_environment.h"
 #include "mask.h"
 #include "run.h"
@@ -11,7 +13,8 @@
 namespace hisa::cpu {
 namespace {
 
-constexpr int64_t kMaskGrain = 1 << 16;  // mask elements that are worth a thread
+constexpr int64_t kMaskGrain = 1 << 16;  // elements of a mask or a selection, worth a thread
+constexpr int64_t kRopeGrain = 1 << 14;  // channels that are
 
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
@@ -50,6 +53,20 @@ struct Cpu {
     *params.summary = at::parallel_reduce(0, rows, grain, MaskSummary{}, scan, larger);
     poll.raise_if_stopped();
   }
+
+  void rope(const RopeParams& params) {
+    const int64_t grain = std::max<int64_t>(1, kRopeGrain / (params.heads * params.dim + 1));
+    at::parallel_for(0, params.entries * params.rows, grain, [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      cpu::rope(params, begin, end);
+    });
+  }
+
+  void complete(const CompleteParams& params) {
+    const int64_t grain = std::max<int64_t>(1, kMaskGrain / (params.topk + 1));
+    at::parallel_for(0, params.rows, grain,
+                     [&](int64_t begin, int64_t end) { cpu::complete(params, begin, end); });
+  }
 };
 
 }  // namespace
@@ -59,6 +76,8 @@ TORCH_LIBRARY_IMPL(hisa, CPU, m) {
   m.impl("index", &hisa::index<Cpu>);
   m.impl("flat_index", &flat_index<Cpu>);
   m.impl("mask_windows", &mask_windows<Cpu>);
+  m.impl("rope_quantize", &rope_quantize<Cpu>);
+  m.impl("complete", &hisa::complete<Cpu>);
 }
 
 }  // namespace hisa::cpu

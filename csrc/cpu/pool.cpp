@@ -3,54 +3,25 @@
 // Slot i belongs to the block that holds token i * block_size. A complete block of any segment
 // holds exactly one such token, so slots never collide, and neither prefix sums nor a count of
 // blocks are needed. The slot of an incomplete block is zero, and nothing reads it.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Float8_e4m3fn.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 
+#include "narrow.h"
 #include "stages.h"
 
 namespace hisa::cpu {
 namespace {
-
-constexpr float kFp8Max = 448.0F;
-constexpr float kMinScale = 1e-10F;
-
-template <class T>
-void narrow(const float* source, void* target, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) static_cast<T*>(target)[i] = static_cast<T>(source[i]);
-}
-
-// max(amax / 448, 1e-10); a NaN anywhere makes it NaN, as torch.amax and torch.clamp do.
-float fp8_scale(const float* key, int64_t dim) {
-  float amax = 0.0F;
-  for (int64_t d = 0; d < dim; ++d) {
-    const float magnitude = std::fabs(key[d]);
-    if (magnitude > amax || std::isnan(magnitude)) amax = magnitude;
-  }
-  const float scale = amax / kFp8Max;
-  return scale < kMinScale ? kMinScale : scale;
-}
 
 void store(float* key, const PoolParams& params, int64_t slot) {
   const int64_t dim = params.keys.dim;
   void* target =
       static_cast<std::byte*>(params.pooled) + slot * dim * element_size(params.keys.type);
   float scale = 1.0F;
-  switch (params.keys.type) {
-    case ElementType::kFloat32: narrow<float>(key, target, dim); break;
-    case ElementType::kBFloat16: narrow<c10::BFloat16>(key, target, dim); break;
-    case ElementType::kFloat16: narrow<c10::Half>(key, target, dim); break;
-    case ElementType::kFloat8E4M3:
-      scale = fp8_scale(key, dim);
-      for (int64_t d = 0; d < dim; ++d) key[d] /= scale;
-      narrow<c10::Float8_e4m3fn>(key, target, dim);
-      break;
+  if (params.keys.type == ElementType::kFloat8E4M3) {
+    scale = fp8_scale(key, dim);
+    for (int64_t d = 0; d < dim; ++d) key[d] /= scale;
   }
+  narrow(params.keys.type, key, target, dim);
   params.pooled_scale[slot] = scale;
 }
 

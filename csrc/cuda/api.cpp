@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "../entry.h"
+#include "../entry_around.h"
 #include "../text.h"
 #include "launch.h"
 #include "sm90/launch.h"
@@ -62,6 +63,8 @@ struct Cuda {
   }
 
   void mask(const MaskParams& params) { C10_CUDA_CHECK(launch_mask(params, stream)); }
+  void rope(const RopeParams& params) { C10_CUDA_CHECK(launch_rope(params, stream)); }
+  void complete(const CompleteParams& params) { C10_CUDA_CHECK(launch_complete(params, stream)); }
 
  private:
   void run(const RowsParams& params, const Shape& shape) {
@@ -94,6 +97,8 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("index", &hisa::index<Cuda>);
   m.impl("flat_index", &flat_index<Cuda>);
   m.impl("mask_windows", &mask_windows<Cuda>);
+  m.impl("rope_quantize", &rope_quantize<Cuda>);
+  m.impl("complete", &hisa::complete<Cuda>);
 }
 
 }  // namespace hisa::cuda

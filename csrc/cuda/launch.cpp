@@ -21,7 +21,8 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   Geometry geometry{};
-  geometry.shared_limit = static_cast<int>(limits.shared_block);
+  geometry.shared_limit = limits.shared_block;
+  geometry.device = limits.device;
   geometry.variant = find_variant(shape.heads, shape.dim);
   geometry.kept = std::min(shape.block_topk, shape.slots());
 

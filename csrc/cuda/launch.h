@@ -19,7 +19,8 @@ struct Geometry {
   int64_t scorer_bytes;  // see RowsParams
   bool on_chip;       // a row's region is in shared memory, not in the workspace
   int64_t shared;     // bytes of shared memory of a block
-  int shared_limit;   // that one block can have
+  int64_t shared_limit;  // that one block can have
+  int device;         // where it runs
   int64_t workspace;  // bytes of all blocks together
 };
 
@@ -31,6 +32,8 @@ cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* works
                         cudaStream_t stream);
 cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
 cudaError_t launch_mask(const MaskParams& params, cudaStream_t stream);
+cudaError_t launch_rope(const RopeParams& params, cudaStream_t stream);
+cudaError_t launch_complete(const CompleteParams& params, cudaStream_t stream);
 
 // One translation unit each: rows_fp8.cu, ...
 template <ElementType kType>

@@ -5,6 +5,11 @@
 namespace hisa::cuda {
 
 cudaError_t get_limits(int device, DeviceLimits& limits) {
+  thread_local DeviceLimits last{0, 0, 0, 0, -1};
+  if (last.device == device) {
+    limits = last;
+    return cudaSuccess;
+  }
   int major = 0;
   int minor = 0;
   int total = 0;
@@ -20,6 +25,8 @@ cudaError_t get_limits(int device, DeviceLimits& limits) {
   limits.capability = 10 * major + minor;
   limits.shared_total = total;
   limits.shared_block = block;
+  limits.device = device;
+  last = limits;
   return cudaSuccess;
 }
 

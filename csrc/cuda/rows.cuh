@@ -116,11 +116,8 @@ template <class Scorer, int kBlocks>
 cudaError_t launch(const RowsParams& params, const Geometry& geometry, cudaStream_t stream) {
   if constexpr (kBlocks == kBlocksPerMultiprocessor && Scorer::kThree)
     if (geometry.prunes) return launch<Scorer, 3>(params, geometry, stream);
-  const auto kernel = rows_kernel<Scorer, kBlocks>;
-  // NOTE: the limit belongs to the kernel, so another thread's call must not lower it in between.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_limit);
-  if (error != cudaSuccess) return error;
+  constexpr auto kernel = rows_kernel<Scorer, kBlocks>;
+  if (const auto error = allow_shared<kernel>(geometry.device, geometry.shared_limit)) return error;
   kernel<<<static_cast<unsigned>(geometry.grid), kThreads, static_cast<size_t>(geometry.shared),
            stream>>>(params);
   return cudaGetLastError();

@@ -164,12 +164,12 @@ class _Recorder:
             return
         q_resid, at = given["q_resid"], self._chosen(batch * queries, hidden.device)
         cos_sin = tuple(t.expand(batch, -1, -1).flatten(0, 1)[at][None] for t in cos_sin)
-        q = project_queries(module, self._spec, q_resid.flatten(0, 1)[at][None], cos_sin)[0]
+        q = project_queries(module, self._spec, q_resid.flatten(0, 1)[at][None], cos_sin)[0][0]
         listeners = [v for v in given.values() if isinstance(v, _Listener)]
         k = listeners[0].keys if listeners else None
         if k is None:
             cos_sin = given["position_embeddings"]
-            k = project_keys(module, self._spec, hidden, cos_sin, q.dtype)
+            k = project_keys(module, self._spec, hidden, cos_sin, q_resid)
         self._keep(q, k, project_weights(module, hidden.flatten(0, 1)[at]), windows, at)
         self._queries = batch * queries
 

@@ -1,7 +1,7 @@
 """The patched forward of an indexer: what the model's own returns, selected hierarchically.
 
     keys      project, norm, RoPE, append to the cache      [B, S, hidden]  -> [B, T, D]
-    queries   project, RoPE, a few rows at a time           [B, r, q_lora]  -> [B, r, H, D]
+    queries   project, RoPE, quantise, a few rows at a time [B, r, q_lora]  -> [B, r, H, D]
     select    a HierarchicalIndexer, for the whole batch    [B * r, H, D]   -> [B * r, k] relative
     complete  absolute positions, unused slots filled       [B * r, k]      -> [B * r, k] absolute
 
@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from hisa.around import complete
 from hisa.module import CHUNK_BYTES, CUDA_CHUNK_BYTES, HierarchicalIndexer, Index, rows_per_chunk
 from hisa.quantize import scoring_dtype
 from hisa.windows import Windows
 
-from .models import IndexerSpec, rotary
+from .models import IndexerSpec
+from .rotation import Angles, Indexer, rotate
 from .settings import Settings
-
-PositionEmbeddings = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
-Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
 
 
 def select(
@@ -35,7 +34,7 @@ def select(
     windows: Windows,
     hidden_states: Tensor,
     q_resid: Tensor,
-    position_embeddings: PositionEmbeddings,
+    position_embeddings: Angles,
     cache: Any | None,
     index: Index | None = None,
 ) -> Tensor:
@@ -47,8 +46,7 @@ def select(
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
     batch = hidden_states.shape[0]
-    q_dtype = module.wq_b(q_resid[:1, :1]).dtype  # the rotation of the keys may depend on it
-    k = project_keys(module, spec, hidden_states, position_embeddings, q_dtype)
+    k = project_keys(module, spec, hidden_states, position_embeddings, q_resid)
     if cache is not None:
         k = cache.update_indexer(k, module.layer_idx)
     if k.shape[:2] != (batch, windows.keys):
@@ -58,18 +56,16 @@ def select(
         )
     topk = settings.topk or module.index_topk
     width = min(topk, windows.keys)
-    # A pruned row keeps block_topk - 2 whole blocks and at least one token each of the first and of
-    # the last: no fewer than it has slots, with any but extreme settings.
-    exhaustive = width <= (settings.block_topk - 2) * settings.block_size + 1 + 1
 
     def project(rows: slice) -> tuple[Tensor, Tensor]:
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
-        queries = project_queries(module, spec, q_resid[:, rows], cos_sin)
-        return queries, project_weights(module, hidden_states[:, rows])
+        queries, scale = project_queries(module, spec, q_resid[:, rows], cos_sin, settings)
+        weights = project_weights(module, hidden_states[:, rows])
+        return queries, weights if scale is None else weights * scale
 
     def finish(indices: Tensor, rows: slice) -> Tensor:
-        ks, ke = windows.ks[:, rows].reshape(-1, 1), windows.ke[:, rows].reshape(-1, 1)
-        return complete(indices, ks, ke, windows.keys, exhaustive=exhaustive)
+        ks, ke = windows.ks[:, rows].flatten(), windows.ke[:, rows].flatten()
+        return complete(indices, ks, ke, keys=windows.keys)
 
     dtype = scoring_dtype(q_resid.dtype, k.dtype)
     row_bytes = batch * module.n_heads * module.head_dim * dtype.itemsize
@@ -79,7 +75,7 @@ def select(
         windows,
         step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
         finish=finish,
-        prune=windows.pruned_rows(settings.block_size, settings.block_topk) > 0,
+        prune=lambda: windows.pruned_rows(settings.block_size, settings.block_topk) > 0,
         dtype=dtype,
         topk=width,
         index=index,
@@ -96,8 +92,8 @@ def project_keys(
     module: Indexer,
     spec: IndexerSpec,
     hidden_states: Tensor,
-    cos_sin: PositionEmbeddings,
-    q_dtype: torch.dtype,
+    cos_sin: Angles,
+    q_resid: Tensor,
 ) -> Tensor:
     """Project, norm and rotate the keys of all rows, [B, S, D]: the bits that the model caches."""
     k = module.wk(hidden_states)
@@ -105,16 +101,28 @@ def project_keys(
         k = module.k_norm(k.to(module.k_norm.weight.dtype)).to(hidden_states.dtype)
     else:
         k = module.k_norm(k)
-    k = k.unsqueeze(2)
-    return rotate(module, spec, k.to(q_dtype), k, cos_sin)[1].squeeze(2)
+
+    def q_dtype() -> torch.dtype:
+        return cast(Tensor, module.wq_b(q_resid[:1, :1])).dtype
+
+    return rotate(module, spec, k.unsqueeze(2), cos_sin, like=q_dtype)[0].squeeze(2)
 
 
 def project_queries(
-    module: Indexer, spec: IndexerSpec, q_resid: Tensor, cos_sin: PositionEmbeddings
-) -> Tensor:
-    """Project and rotate the queries of a few rows, [B, r, H, D]."""
+    module: Indexer,
+    spec: IndexerSpec,
+    q_resid: Tensor,
+    cos_sin: Angles,
+    settings: Settings | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Project and rotate the queries of a few rows, [B, r, H, D].
+
+    Where `settings` have them quantised next, they are, and their scales come too: [B, r, H] fp32.
+    """
     q = module.wq_b(q_resid).view(*q_resid.shape[:2], module.n_heads, module.head_dim)
-    return rotate(module, spec, q, q[:, :, :1], cos_sin)[0]
+    if settings is None or settings.precision != "fp8" or settings.hadamard:
+        return rotate(module, spec, q, cos_sin)
+    return rotate(module, spec, q, cos_sin, quantize=True, power_of_two=settings.power_of_two)
 
 
 def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
@@ -123,49 +131,3 @@ def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
     weights: Tensor = projection(hidden_states.to(projection.weight.dtype)).float()
     scale: float = module.n_heads**-0.5 * module.softmax_scale
     return weights * scale
-
-
-def rotate(
-    module: Indexer, spec: IndexerSpec, q: Tensor, k: Tensor, cos_sin: PositionEmbeddings
-) -> tuple[Tensor, Tensor]:
-    """Apply the model's own RoPE to the rotary channels of q [B, S, H, D] and k [B, S, 1, D].
-
-    The model's function wants both; where only one is needed, it stands in for the other.
-    """
-    turned, kept = module.qk_rope_head_dim, module.head_dim - module.qk_rope_head_dim
-    order = (kept, turned) if spec.rope_last else (turned, kept)
-    q_parts, k_parts = list(q.split(order, dim=-1)), list(k.split(order, dim=-1))
-    at = int(spec.rope_last)
-    q_parts[at], k_parts[at] = rotary(spec)(q_parts[at], k_parts[at], *cos_sin, unsqueeze_dim=2)
-    return torch.cat(q_parts, dim=-1), torch.cat(k_parts, dim=-1)
-
-
-def complete(indices: Tensor, ks: Tensor, ke: Tensor, keys: int, *, exhaustive: bool) -> Tensor:
-    """Turn hisa's relative indices into distinct absolute positions in every slot.
-
-    The callers scatter into a mask, where a -1 would hit a real key. An unused slot gets a position
-    outside the row's window, which is masked anyway; when those run out, an unselected one inside.
-
-    Args:
-        indices: [R, k] int32, k <= keys: relative to ks, ascending, then -1.
-        ks, ke: [R, 1] int32, the rows' windows.
-        keys: T. Positions are in [0, T).
-        exhaustive: Whether each row has min(k, ke - ks) indices. Then k <= keys implies that the
-            positions outside its window suffice.
-
-    Returns:
-        [R, k] int32. Every entry of a row is distinct.
-    """
-    column = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
-    taken = indices >= 0
-    nth = column - taken.sum(-1, keepdim=True, dtype=torch.int32)  # 0, 1, ... in unused slots
-    window = ke - ks
-    filler = torch.where(nth < ks, nth, nth + window)
-    if not exhaustive:
-        # Before selected token i lie `indices[i] - i` unselected ones. So the n-th unselected token
-        # is token n + the number of selected tokens that have no more than n before them.
-        n = nth - (keys - window)
-        before = torch.where(taken, indices - column, torch.iinfo(torch.int32).max)
-        inside = ks + n + torch.searchsorted(before, n, right=True, out_int32=True)
-        filler = torch.where(n < 0, filler, inside)
-    return torch.where(taken, indices + ks, filler)

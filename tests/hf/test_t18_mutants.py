@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import hisa
+from hisa import around
 from hisa.hf import indexer as under_test
-from hisa.hf import masks
+from hisa.hf import masks, rotation
 from hisa.hf.models import rotary
 from tests.hf.models import shared_model, tokens
 from tests.hf.test_t18_golden import LENGTH, PADDING, assert_same, hidden
@@ -40,7 +41,7 @@ def other_rotary(patcher: pytest.MonkeyPatch) -> None:
         (different,) = (f for f in both if abs(dot(f) - dot(rotary(spec))) > 1)
         return different
 
-    patcher.setattr(under_test, "rotary", other)
+    patcher.setattr(rotation, "rotary", other)
 
 
 def change_keys(change: Callable[..., Tensor]) -> Mutation:
@@ -48,14 +49,14 @@ def change_keys(change: Callable[..., Tensor]) -> Mutation:
 
 
 def keys_without_norm(
-    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_dtype: torch.dtype
+    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_resid: Tensor
 ) -> Tensor:
     keys = module.wk(hidden_states).unsqueeze(2)
-    return under_test.rotate(module, spec, keys, keys, cos_sin)[1].squeeze(2)
+    return rotation.rotate(module, spec, keys, cos_sin)[0].squeeze(2)
 
 
 def keys_without_rotation(
-    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_dtype: torch.dtype
+    module: Any, spec: Any, hidden_states: Tensor, cos_sin: Any, q_resid: Tensor
 ) -> Tensor:
     keys: Tensor = module.k_norm(module.wk(hidden_states))
     return keys
@@ -66,16 +67,16 @@ def hadamard_on_queries_only(patcher: pytest.MonkeyPatch) -> None:
     matrix = torch.ones(1, 1)
     while len(matrix) < 16:
         matrix = torch.cat([torch.cat([matrix, matrix]), torch.cat([matrix, -matrix])], dim=1)
-    patcher.setattr(under_test, "project_queries", lambda *a: project(*a) @ matrix / 4)
+    patcher.setattr(under_test, "project_queries", lambda *a: (project(*a)[0] @ matrix / 4, None))
 
 
 def other_end_rotated(patcher: pytest.MonkeyPatch) -> None:
-    rotate = under_test.rotate
+    rotate = rotation.rotate
     patcher.setattr(
         under_test,
         "rotate",
-        lambda module, spec, *rest: rotate(
-            module, dataclasses.replace(spec, rope_last=not spec.rope_last), *rest
+        lambda module, spec, *rest, **options: rotate(
+            module, dataclasses.replace(spec, rope_last=not spec.rope_last), *rest, **options
         ),
     )
 
@@ -109,7 +110,7 @@ def no_relu(patcher: pytest.MonkeyPatch) -> None:
 
 
 def relative_positions(patcher: pytest.MonkeyPatch) -> None:
-    complete = under_test.complete
+    complete = around.complete
     patcher.setattr(
         under_test,
         "complete",

@@ -41,9 +41,10 @@ class Recorder:
             self.keys.append(project_keys(*arguments))
             return self.keys[-1]
 
-        def queries(*arguments: Any) -> Tensor:
-            self.queries.append(project_queries(*arguments))
-            return self.queries[-1]
+        def queries(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+            *projected, _ = arguments
+            self.queries.append(project_queries(*projected)[0])  # without settings: as they are
+            return project_queries(*arguments)
 
         def weights(*arguments: Any) -> Tensor:
             self.weights.append(project_weights(*arguments))

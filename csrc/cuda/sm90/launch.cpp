@@ -27,7 +27,8 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
   plan.work = work;
   const int heads = static_cast<int>(shape.heads);
   plan.group = group_size(heads, static_cast<int>(shape.dim), shape.type, work);
-  plan.shared_limit = static_cast<int>(limits.shared_block);
+  plan.shared_limit = limits.shared_block;
+  plan.device = limits.device;
   const int64_t row_bytes = shape.dim * element_size(shape.type);
   const Needs needs = find_needs(shape, work);
 

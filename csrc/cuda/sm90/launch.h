@@ -28,7 +28,8 @@ struct Plan {
   bool on_chip;             // the buffers are in shared memory, not in the workspace
   int64_t grid;       // blocks of threads
   int64_t shared;     // bytes of shared memory of a block
-  int shared_limit;   // that one block can have
+  int64_t shared_limit;  // that one block can have
+  int device;         // where it runs
   int64_t workspace;  // bytes of all blocks together
 };
 

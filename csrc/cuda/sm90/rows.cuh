@@ -57,11 +57,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__
 
 template <class C>
 cudaError_t launch(const Params& params, const Plan& plan, cudaStream_t stream) {
-  const auto of = kernel<C>;
-  // NOTE: the limit belongs to the kernel, so another thread's call must not lower it in between.
-  const cudaError_t error =
-      cudaFuncSetAttribute(of, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit);
-  if (error != cudaSuccess) return error;
+  constexpr auto of = kernel<C>;
+  if (const auto error = allow_shared<of>(plan.device, plan.shared_limit)) return error;
   cudaLaunchAttribute overlap{};  // with the end of the kernel before
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

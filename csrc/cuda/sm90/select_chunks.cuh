@@ -87,8 +87,7 @@ class ChunkSelector {
       const bool marked = !std::isnan(memory_.shared.bars[chunk][number]);
       const uint32_t key = selector() * 16;
       if (marked ? add_marked(counts, buffer, scores, key - skipped,
-                              find_marks(chunk, number) & bits_before(skipped + scores.n, key) &
-                                  ~bits_before(skipped, key),
+                              find_marks(chunk, number) & bits_before(skipped + scores.n, key),
                               passing)
                  : add_above(counts, buffer, scores, passing))
         return;

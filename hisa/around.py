@@ -1,0 +1,106 @@
+"""Operators around the selection, for `hisa.patch` and `HierarchicalIndexer`, each with its fake.
+
+They do in one pass over memory what a handful of torch's operators would, bit for bit. Not part of
+the package's face.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from .checking import OPTIONAL, check_types
+from .ops import fake_kernel
+
+FP8 = torch.float8_e4m3fn
+
+
+def rope_quantize(
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    first: int = 0,
+    interleaved: bool = False,
+    quantize: bool = False,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Turn channels of every head by RoPE, quantise the heads to fp8, or both.
+
+    Args:
+        x: `[B, S, H, D]` float32, bfloat16 or float16; D a multiple of 16 up to 256.
+        cos, sin: `[B or 1, S, R]` of x's dtype, R a multiple of 8; or neither, and nothing turns.
+        first: the first of the R channels that are turned; a multiple of 8.
+        interleaved: channel 2i turns with 2i + 1, by angle i, and the even channels come out before
+            the odd ones; otherwise channel i turns with i + R / 2, each by the angle of its own.
+            Products and sums are rounded one by one, as in Hugging Face's models.
+        quantize: to float8_e4m3fn, one scale per head, as `hisa.quantize_fp8` does.
+        power_of_two: round the scales up to powers of two.
+
+    Returns:
+        `(y, scale)`: `[B, S, H, D]` of x's dtype or float8_e4m3fn, and `[B, S, H]` float32, or
+        empty where nothing is quantised.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: a shape or device is not accepted, or there is nothing to do.
+    """
+    _extension.require()
+    check_types(Tensor, x=x)
+    check_types(OPTIONAL, cos=cos, sin=sin)
+    done: tuple[Tensor, Tensor] = torch.ops.hisa.rope_quantize(
+        x,
+        cos,
+        sin,
+        first=first,
+        interleaved=interleaved,
+        quantize=quantize,
+        power_of_two=power_of_two,
+    )
+    return done
+
+
+@fake_kernel("rope_quantize")
+def _(
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    first: int = 0,
+    interleaved: bool = False,
+    quantize: bool = False,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(
+        x, dtype=FP8 if quantize else x.dtype, memory_format=torch.contiguous_format
+    )
+    return y, x.new_empty(x.shape[:3] if quantize else (0,), dtype=torch.float32)
+
+
+def complete(indices: Tensor, ks: Tensor, ke: Tensor, *, keys: int) -> Tensor:
+    """Turn relative indices into distinct absolute positions in every slot, in place.
+
+    Models scatter into a mask, where a -1 would hit a real key. An unused slot gets a position
+    outside the row's window, which is masked anyway; when those run out, an unselected one inside.
+
+    Args:
+        indices: `[M, k]` int32, k <= keys: relative to ks, ascending, then -1. Contiguous; changed.
+        ks, ke: `[M]` int32, the rows' windows.
+        keys: positions are in [0, keys).
+
+    Returns:
+        `indices`. Every entry of a row is distinct.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not accepted.
+    """
+    _extension.require()
+    check_types(Tensor, indices=indices, ks=ks, ke=ke)
+    torch.ops.hisa.complete(indices, ks, ke, keys=keys)
+    return indices
+
+
+@fake_kernel("complete")
+def _(indices: Tensor, ks: Tensor, ke: Tensor, *, keys: int) -> None:
+    return None
