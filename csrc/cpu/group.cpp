@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "keys.h"
+
 namespace hisa::cpu {
 namespace {
 
@@ -107,25 +109,31 @@ void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans&
   if (all.begin >= all.end || poll_.stop()) return;
 
   if (!loaded_) load_queries();
-  const int64_t row_bytes = keys.stride * element_size(keys.type);
-  const void* next = static_cast<const std::byte*>(keys.data) + ahead.begin * row_bytes;
-  int64_t next_bytes = (ahead.end - ahead.begin) * row_bytes;
-  kernels_.pack(keys, all.begin, all.end, packed_);
+  const Bytes next = memory(keys, ahead.begin, ahead.end);
+  int64_t next_bytes = next.count;
+  Located found;
+  locate(keys, all.begin, all.end, found);
+  kernels_.pack({.keys = found.rows.data(),
+                 .count = all.end - all.begin,
+                 .dim = keys.dim,
+                 .type = keys.type,
+                 .packed = packed_});
   for (size_t i = 0; i < static_cast<size_t>(count_) && !poll_.stop(); ++i) {
     if (wanted[i].begin >= wanted[i].end) continue;
-    const int64_t skipped = (wanted[i].begin - all.begin) / kernels_.panel_keys;  // whole panels
-    const int64_t start = all.begin + skipped * kernels_.panel_keys;
+    const int64_t panels = (wanted[i].begin - all.begin) / kernels_.panel_keys;  // not wanted
+    const int64_t skipped = panels * kernels_.panel_keys;
+    const int64_t start = all.begin + skipped;
     const auto r = static_cast<int64_t>(i);
     kernels_.score({
         .query = query_ + r * queries_.heads * sizes_.dim,
         .weights = queries_.weights + (first_ + r) * queries_.weights_stride,
-        .packed = packed_ + skipped * kernels_.panel_keys * keys.dim,
-        .scale = keys.scale == nullptr ? nullptr : keys.scale + start,
+        .packed = packed_ + skipped * keys.dim,
+        .scale = found.scale == nullptr ? nullptr : found.scale + skipped,
         .heads = queries_.heads,
         .dim = keys.dim,
         .count = wanted[i].end - start,
         .scores = scores_,
-        .ahead = next,
+        .ahead = next.data,
         .ahead_bytes = std::exchange(next_bytes, 0),
     });
     selectors_[i].offer(scores_ + (wanted[i].begin - start), wanted[i].end - wanted[i].begin,

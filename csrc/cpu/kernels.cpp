@@ -5,11 +5,14 @@
 #include <cstring>
 
 #include "../support.h"
+#include "keys.h"
 
 namespace hisa::cpu {
 namespace {
 
 static_assert(kMaxDim == support::kMaxDim, "pooled keys are collected on the stack");
+static_assert(kMostKeys == support::kBlockSizes.back() && kMostKeys >= kTileKeys,
+              "keys are located on the stack");
 
 constexpr int kMaxSets = 3;
 

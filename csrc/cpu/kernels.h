@@ -15,11 +15,19 @@ namespace hisa::cpu {
 inline constexpr int64_t kTileKeys = 128;  // keys that are packed at a time
 inline constexpr int64_t kMaxDim = 256;    // of a pooled block
 
+// A tile of keys, to be converted to fp32 and transposed panel by panel.
+struct PackTile {
+  const void* const* keys;  // [count] keys of [dim] each; null: zeros
+  int64_t count, dim;
+  ElementType type;
+  float* packed;  // [panels, dim, panel_keys]; keys that fill up the last panel are zeros
+};
+
 // One query against a tile of packed keys.
 struct ScoreTile {
   const float* query;    // [heads, dim]
   const float* weights;  // [heads]
-  const float* packed;   // [panels, dim, panel_keys], see Kernels::pack
+  const float* packed;   // [panels, dim, panel_keys], see PackTile
   const float* scale;    // [count], may be null: all 1
   int64_t heads, dim;
   int64_t count;  // keys to score
@@ -30,9 +38,9 @@ struct ScoreTile {
 
 // One block of keys, to be pooled to one key.
 struct PoolBlock {
-  const void* keys;    // [count, dim] of `type`, rows `stride` elements apart
-  const float* scale;  // [count], may be null: all 1
-  int64_t count, stride, dim;
+  const void* const* keys;  // [count] keys of [dim] each
+  const float* scale;       // [count], may be null: all 1
+  int64_t count, dim;
   ElementType type;
   Pooling pooling;
   float* pooled;  // [dim]
@@ -44,8 +52,7 @@ struct Kernels {
 
   // Convert n elements to fp32; n is a multiple of 16.
   void (*widen)(ElementType type, const void* source, float* target, int64_t n);
-  // Convert keys [begin, end) to fp32 and transpose them panel by panel; missing keys become 0.
-  void (*pack)(const Keys& keys, int64_t begin, int64_t end, float* packed);
+  void (*pack)(const PackTile& tile);
   void (*score)(const ScoreTile& tile);
   void (*pool)(const PoolBlock& block);
 };

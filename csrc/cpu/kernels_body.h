@@ -33,10 +33,6 @@ inline void with_type(ElementType type, F f) {
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline const void* element(const void* data, int64_t i, ElementType type) {
-  return static_cast<const char*>(data) + i * element_size(type);
-}
-
 // Memory that will be read next, asked for a cache line at a time while there is arithmetic to do.
 struct Ahead {
   const char* next;
@@ -71,27 +67,24 @@ struct Body {
   }
 
   struct Pack {
-    const Keys& keys;
-    int64_t begin, end;
-    float* packed;
+    const PackTile& tile;
     template <ElementType type>
     void run() {
-      for (int64_t panel = begin; panel < end; panel += kPanel, packed += keys.dim * kPanel) {
+      float* packed = tile.packed;
+      for (int64_t panel = 0; panel < tile.count; panel += kPanel, packed += tile.dim * kPanel) {
         for (int64_t group = 0; group < kPanel; group += Isa::kPackRows) {
           const void* rows[Isa::kPackRows];
           for (int64_t i = 0; i < Isa::kPackRows; ++i) {
             const int64_t key = panel + group + i;
-            rows[i] = key < end ? element(keys.data, key * keys.stride, type) : nullptr;
+            rows[i] = key < tile.count ? tile.keys[key] : nullptr;
           }
-          Isa::template pack_rows<type>(rows, packed + group, keys.dim, kPanel);
+          Isa::template pack_rows<type>(rows, packed + group, tile.dim, kPanel);
         }
       }
     }
   };
 
-  static void pack(const Keys& keys, int64_t begin, int64_t end, float* packed) {
-    with_type(keys.type, Pack{keys, begin, end, packed});
-  }
+  static void pack(const PackTile& tile) { with_type(tile.type, Pack{tile}); }
 
   // Add kHeads heads' share to the scores of one panel: sum[n] += w[h] * relu(q[h] . keys[n]).
   template <int kVectors, int kHeads>
@@ -170,7 +163,7 @@ struct Body {
     for (int64_t d = 0; d < dim; ++d)
       total[d] = block.pooling == Pooling::kMean ? 0.0F : -__builtin_inff();
     for (int64_t token = 0; token < block.count; ++token) {
-      widen(block.type, element(block.keys, token * block.stride, block.type), key, dim);
+      widen(block.type, block.keys[token], key, dim);
       const float scale = block.scale == nullptr ? 1.0F : block.scale[token];
       for (int64_t d = 0; d < dim; ++d) key[d] *= scale;
       if (block.pooling == Pooling::kMean)

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstring>
 
+#include "keys.h"
 #include "narrow.h"
 #include "stages.h"
 
@@ -30,6 +31,7 @@ void store(float* key, const PoolParams& params, int64_t slot) {
 void pool(const PoolParams& params, int64_t begin, int64_t end) {
   const Keys& keys = params.keys;
   std::array<float, kMaxDim> key;
+  Located found;
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t token = slot * params.block_size;
     const Segment segment = find_segment(params.windows, token, keys.count);
@@ -42,12 +44,11 @@ void pool(const PoolParams& params, int64_t begin, int64_t end) {
       params.pooled_scale[slot] = 1.0F;
       continue;
     }
+    locate(keys, start, start + params.block_size, found);
     kernels().pool({
-        .keys = static_cast<const std::byte*>(keys.data) +
-                start * keys.stride * element_size(keys.type),
-        .scale = keys.scale == nullptr ? nullptr : keys.scale + start,
+        .keys = found.rows.data(),
+        .scale = found.scale,
         .count = params.block_size,
-        .stride = keys.stride,
         .dim = keys.dim,
         .type = keys.type,
         .pooling = params.pooling,
