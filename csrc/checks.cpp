@@ -1,10 +1,8 @@
 #include "checks.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
-#include <string>
 
+#include "expected.h"
 #include "support.h"
 #include "text.h"
 
@@ -15,66 +13,10 @@ using at::ScalarType;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2: return "float8_e5m2";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return c10::toString(dtype);
-  }
-}
-
-// "[4, 64] bfloat16"
-std::string describe(const Tensor& tensor) {
-  return join(list(tensor.sizes()), " ", dtype_name(tensor.scalar_type()));
-}
-
 bool is_element_type(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
          dtype == ScalarType::Float8_e4m3fn;
 }
-
-// One expectation: `name: expected SHAPE DTYPE, got [..] dtype`. Sizes of -1 are free.
-struct Expected {
-  const char* name;
-  const char* shape;  // as SPEC.md writes it: "[M, H, D]"
-  ScalarType dtype;
-  std::vector<int64_t> sizes;
-
-  std::string message(const Tensor& got) const {
-    std::string known;  // the sizes that are not free
-    for (const int64_t size : sizes)
-      known += join(known.empty() ? "" : ", ", size < 0 ? "*" : std::to_string(size));
-    const bool any = std::any_of(sizes.begin(), sizes.end(), [](int64_t n) { return n >= 0; });
-    return join(name, ": expected ", shape, any ? join(" = [", known, "]") : "", " ",
-                dtype_name(dtype), ", got ", describe(got));
-  }
-
-  // Its device is that of `other`, which is called `whose`.
-  void check(const Tensor& got, const Tensor& other, const char* whose = "k") const {
-    TORCH_CHECK_TYPE(got.scalar_type() == dtype, message(got));
-    bool same = got.dim() == static_cast<int64_t>(sizes.size());
-    for (size_t i = 0; same && i < sizes.size(); ++i)
-      same = sizes[i] < 0 || got.sizes()[i] == sizes[i];
-    TORCH_CHECK_VALUE(same, message(got));
-    TORCH_CHECK_VALUE(got.device() == other.device(),
-                      join(name, ": expected a tensor on ", other.device().str(), " as ", whose,
-                           " is, got one on ", got.device().str()));
-  }
-
-  void check(const OptionalTensor& got, const Tensor& k) const {
-    if (got.has_value()) check(*got, k);
-  }
-};
 
 void check_keys(const Tensor& k, const OptionalTensor& k_scale) {
   TORCH_CHECK_TYPE(is_element_type(k.scalar_type()),
@@ -102,23 +44,27 @@ void check_segments(const OptionalTensor& cu_seqlens_k, const Tensor& k) {
                     "cu_seqlens_k: expected [S + 1] int32, got an empty tensor");
 }
 
-void check_block_size(int64_t block_size) {
-  const auto& sizes = support::kBlockSizes;
-  TORCH_CHECK_VALUE(std::find(sizes.begin(), sizes.end(), block_size) != sizes.end(),
-                    join("block_size: expected one of ", list(sizes), ", got ", block_size));
-}
-
 }  // namespace
 
 void check_sizes(int64_t heads, int64_t dim, int64_t keys) {
   TORCH_CHECK_VALUE(heads >= 1 && heads <= support::kMaxHeads,
                     join("q: expected 1 to ", support::kMaxHeads, " heads (H), got ", heads));
-  TORCH_CHECK_VALUE(
-      dim >= support::kDimStep && dim <= support::kMaxDim && dim % support::kDimStep == 0,
-      join("k: expected D to be a multiple of ", support::kDimStep, " from ", support::kDimStep,
-           " to ", support::kMaxDim, ", got ", dim));
+  check_dim("k", dim);
   TORCH_CHECK_VALUE(keys >= 0 && keys <= support::kMaxKeys,
                     join("k: expected at most ", support::kMaxKeys, " keys (N), got ", keys));
+}
+
+void check_dim(const char* name, int64_t dim) {
+  TORCH_CHECK_VALUE(
+      dim >= support::kDimStep && dim <= support::kMaxDim && dim % support::kDimStep == 0,
+      join(name, ": expected D to be a multiple of ", support::kDimStep, " from ",
+           support::kDimStep, " to ", support::kMaxDim, ", got ", dim));
+}
+
+void check_block_size(int64_t block_size) {
+  const auto& sizes = support::kBlockSizes;
+  TORCH_CHECK_VALUE(std::find(sizes.begin(), sizes.end(), block_size) != sizes.end(),
+                    join("block_size: expected one of ", list(sizes), ", got ", block_size));
 }
 
 void check_topk(int64_t topk) {
@@ -198,8 +144,8 @@ void check(const RopeArguments& a) {
   }
   const auto check_angles = [&](const char* name, const Tensor& got) {
     const bool one = got.dim() == 3 && got.size(0) == 1;
-    Expected{name, "[B or 1, S, R]", a.x.scalar_type(), {one ? 1 : a.x.size(0), a.x.size(1), -1}}
-        .check(got, a.x, "x");
+    Expected{name, "[B or 1, S, R]", a.x.scalar_type(), {one ? 1 : a.x.size(0), a.x.size(1), -1}, "x"}
+        .check(got, a.x);
   };
   check_angles("cos", *a.cos);
   Expected{"sin", "[B or 1, S, R]", a.x.scalar_type(), a.cos->sizes().vec()}.check(*a.sin, a.x,
@@ -217,8 +163,8 @@ void check(const CompleteArguments& a) {
   Expected{"indices", "[M, topk]", ScalarType::Int, {-1, -1}}.check(a.indices, a.indices);
   TORCH_CHECK_VALUE(a.indices.is_contiguous(), "indices: expected a contiguous tensor");
   const int64_t rows = a.indices.size(0);
-  Expected{"ks", "[M]", ScalarType::Int, {rows}}.check(a.ks, a.indices, "indices");
-  Expected{"ke", "[M]", ScalarType::Int, {rows}}.check(a.ke, a.indices, "indices");
+  Expected{"ks", "[M]", ScalarType::Int, {rows}, "indices"}.check(a.ks, a.indices);
+  Expected{"ke", "[M]", ScalarType::Int, {rows}, "indices"}.check(a.ke, a.indices);
   TORCH_CHECK_VALUE(a.keys >= a.indices.size(1) && a.keys <= support::kMaxKeys,
                     join("keys: expected topk = ", a.indices.size(1), " to ", support::kMaxKeys,
                          ", got ", a.keys));

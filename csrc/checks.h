@@ -73,7 +73,9 @@ void check(const CompleteArguments& arguments);
 
 // Sizes alone, for the planner.
 void check_sizes(int64_t heads, int64_t dim, int64_t keys);
+void check_dim(const char* name, int64_t dim);
 void check_topk(int64_t topk);
+void check_block_size(int64_t block_size);
 void check_block_sizes(int64_t block_size, int64_t block_topk, int64_t topk);
 
 ElementType element_type(at::ScalarType dtype);  // of a checked tensor
