@@ -144,12 +144,13 @@ void check(const RopeArguments& a) {
   }
   const auto check_angles = [&](const char* name, const Tensor& got) {
     const bool one = got.dim() == 3 && got.size(0) == 1;
-    Expected{name, "[B or 1, S, R]", a.x.scalar_type(), {one ? 1 : a.x.size(0), a.x.size(1), -1}, "x"}
+    Expected{
+        name, "[B or 1, S, R]", a.x.scalar_type(), {one ? 1 : a.x.size(0), a.x.size(1), -1}, "x"}
         .check(got, a.x);
   };
   check_angles("cos", *a.cos);
-  Expected{"sin", "[B or 1, S, R]", a.x.scalar_type(), a.cos->sizes().vec()}.check(*a.sin, a.x,
-                                                                                   "x");
+  Expected{"sin", "[B or 1, S, R]", a.x.scalar_type(), a.cos->sizes().vec(), "x"}.check(*a.sin,
+                                                                                        a.x);
   const int64_t turned = a.cos->size(2);
   TORCH_CHECK_VALUE(turned > 0 && turned % support::kTurnedStep == 0,
                     join("cos: expected R to be a multiple of ", support::kTurnedStep, ", got ",

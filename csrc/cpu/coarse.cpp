@@ -8,7 +8,8 @@
 
 namespace hisa::cpu {
 
-void coarse(const IndexParams& params, Group& group) {
+template <class Params>
+void coarse(const Params& params, Group& group) {
   const int64_t size = params.block_size;
   Spans spans{};
   for (int64_t i = 0; i < group.count(); ++i) {
@@ -41,5 +42,8 @@ void coarse(const IndexParams& params, Group& group) {
     group.block_count(i) = block - group.blocks(i);
   }
 }
+
+template void coarse(const IndexParams&, Group&);
+template void coarse(const PagedIndexParams&, Group&);
 
 }  // namespace hisa::cpu

@@ -46,6 +46,10 @@ struct Pieces {
         blocks(carver.take<int64_t>(sizes.rows * sizes.blocks)) {}
 };
 
+Row find_row(const Windows& windows, const Keys& keys, int64_t m) {
+  return hisa::find_row(windows, m, keys.count);
+}
+
 }  // namespace
 
 int64_t GroupSizes::bytes() const {
@@ -65,15 +69,15 @@ Group::Group(const GroupSizes& sizes, std::byte* memory, InterruptPoll& poll)
   blocks_ = pieces.blocks;
 }
 
-void Group::begin(const Queries& queries, const Windows& windows, const Keys& keys, int64_t first,
-                  int64_t count) {
-  queries_ = queries;
-  type_ = keys.type;
+template <class Params>
+void Group::begin(const Params& params, int64_t first, int64_t count) {
+  queries_ = params.queries;
+  type_ = params.keys.type;
   first_ = first;
   count_ = count;
   loaded_ = false;
   for (int64_t i = 0; i < count; ++i) {
-    rows_[static_cast<size_t>(i)] = find_row(windows, first + i, keys.count);
+    rows_[static_cast<size_t>(i)] = find_row(params.windows, params.keys, first + i);
     block_count(i) = 0;
     select(i, 0);
   }
@@ -97,7 +101,8 @@ void Group::load_queries() {
   loaded_ = true;
 }
 
-void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans,
+template <class AnyKeys>
+void Group::scan_tile(const AnyKeys& keys, int64_t begin, int64_t end, const Spans& spans,
                       Segment ahead) {
   std::array<Segment, kGroupRows> wanted{};
   Segment all{end, begin};
@@ -141,7 +146,8 @@ void Group::scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans&
   }
 }
 
-void Group::scan(const Keys& keys, const Spans& spans) {
+template <class AnyKeys>
+void Group::scan(const AnyKeys& keys, const Spans& spans) {
   int64_t begin = std::numeric_limits<int64_t>::max();
   int64_t end = 0;
   for (size_t i = 0; i < static_cast<size_t>(count_); ++i) {
@@ -166,5 +172,13 @@ void Group::store(const Output& output) {
     std::fill(scores + n, scores + output.topk, -std::numeric_limits<float>::infinity());
   }
 }
+
+template void Group::begin(const IndexParams&, int64_t, int64_t);
+template void Group::begin(const FlatParams&, int64_t, int64_t);
+template void Group::begin(const PagedIndexParams&, int64_t, int64_t);
+template void Group::scan_tile(const Keys&, int64_t, int64_t, const Spans&, Segment);
+template void Group::scan_tile(const PagedKeys&, int64_t, int64_t, const Spans&, Segment);
+template void Group::scan(const Keys&, const Spans&);
+template void Group::scan(const PagedKeys&, const Spans&);
 
 }  // namespace hisa::cpu

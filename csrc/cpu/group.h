@@ -9,7 +9,7 @@
 #include <cstddef>
 
 #include "../interrupt.h"
-#include "../windows.h"
+#include "../pages.h"
 #include "kernels.h"
 #include "select.h"
 
@@ -40,9 +40,9 @@ class Group {
   // Once `poll` says stop, scans end early and what is selected has no meaning.
   Group(const GroupSizes& sizes, std::byte* memory, InterruptPoll& poll);
 
-  // Take up rows [first, first + count) of the call.
-  void begin(const Queries& queries, const Windows& windows, const Keys& keys, int64_t first,
-             int64_t count);
+  // Take up rows [first, first + count) of a call, whose keys may lie in pages.
+  template <class Params>
+  void begin(const Params& params, int64_t first, int64_t count);
 
   int64_t count() const { return count_; }
   const Row& row(int64_t i) const { return rows_[static_cast<size_t>(i)]; }
@@ -55,10 +55,12 @@ class Group {
   void select(int64_t i, int64_t count);
   // Score keys [begin, end), at most kTileKeys, for the rows whose span meets them. Meanwhile the
   // keys `ahead` are fetched; worth it where they lie elsewhere.
-  void scan_tile(const Keys& keys, int64_t begin, int64_t end, const Spans& spans,
+  template <class AnyKeys>
+  void scan_tile(const AnyKeys& keys, int64_t begin, int64_t end, const Spans& spans,
                  Segment ahead = {});
   // Score every row's whole span.
-  void scan(const Keys& keys, const Spans& spans);
+  template <class AnyKeys>
+  void scan(const AnyKeys& keys, const Spans& spans);
   // Write what the selectors chose, and -1 and -inf behind it.
   void store(const Output& output);
 

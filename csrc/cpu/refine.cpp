@@ -17,7 +17,8 @@ Span in_window(const Row& row, int64_t start, int64_t block_size) {
 }
 
 // True if the row's candidates all fit in the output: then nothing has to be scored.
-bool take_all(const IndexParams& params, Group& group, int64_t i) {
+template <class Params>
+bool take_all(const Params& params, Group& group, int64_t i) {
   if (params.output.scores != nullptr) return false;
   int64_t candidates = 0;
   for (int64_t j = 0; j < group.block_count(i); ++j) {
@@ -34,7 +35,8 @@ bool take_all(const IndexParams& params, Group& group, int64_t i) {
 
 }  // namespace
 
-void refine(const IndexParams& params, Group& group) {
+template <class Params>
+void refine(const Params& params, Group& group) {
   constexpr int64_t kDone = std::numeric_limits<int64_t>::max();
   std::array<int64_t, kGroupRows> cursor{};  // next block of each row
   for (int64_t i = 0; i < group.count(); ++i) {
@@ -70,5 +72,8 @@ void refine(const IndexParams& params, Group& group) {
       group.scan_tile(params.keys, tile, std::min(tile + kTileKeys, end), spans, ahead);
   }
 }
+
+template void refine(const IndexParams&, Group&);
+template void refine(const PagedIndexParams&, Group&);
 
 }  // namespace hisa::cpu

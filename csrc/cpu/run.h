@@ -27,7 +27,7 @@ void run_groups(const Plan& plan, const Params& params, const Stages& stages) {
       for (int64_t i = taken++; i < plan.groups && !poll.stop(); i = taken++) {
         const int64_t first = (plan.groups - 1 - i) * plan.sizes.rows;
         const int64_t count = std::min(plan.sizes.rows, params.queries.rows - first);
-        group.begin(params.queries, params.windows, params.keys, first, count);
+        group.begin(params, first, count);
         stages(group);
         group.store(params.output);
       }

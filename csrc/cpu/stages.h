@@ -1,4 +1,5 @@
-// The stages of one group of rows, in the order in which they run.
+// The stages of one group of rows, in the order in which they run. Keys may lie in pages: `Params`
+// is IndexParams or PagedIndexParams.
 #pragma once
 
 #include "group.h"
@@ -7,11 +8,19 @@ namespace hisa::cpu {
 
 // Pool slots [begin, end).
 void pool(const PoolParams& params, int64_t begin, int64_t end);
+// Pool blocks [begin, end) of most_blocks() per sequence, its last ones first.
+void pool(const PagedPoolParams& params, int64_t begin, int64_t end);
+// Blocks that one sequence's new tokens complete, at most.
+int64_t most_blocks(const PagedPoolParams& params);
 // Choose each row's blocks from the pooled keys.
-void coarse(const IndexParams& params, Group& group);
+template <class Params>
+void coarse(const Params& params, Group& group);
 // Choose each row's tokens from its kept blocks.
-void refine(const IndexParams& params, Group& group);
+template <class Params>
+void refine(const Params& params, Group& group);
 // Choose each row's tokens from its whole window.
 void flat(const FlatParams& params, Group& group);
+// Make physical places of what rows [begin, end) have selected.
+void place(const PagedIndexParams& params, int64_t begin, int64_t end);
 
 }  // namespace hisa::cpu
