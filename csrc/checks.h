@@ -64,12 +64,40 @@ struct CompleteArguments {
   int64_t keys;
 };
 
+struct PagedPoolArguments {
+  const at::Tensor& pages;
+  const at::Tensor& pooled_k;
+  const at::Tensor& pooled_scale;
+  const at::Tensor& block_table;
+  const at::Tensor& seq_lens;
+  std::optional<int64_t> new_tokens;
+  int64_t block_size;
+  std::string_view pooling;
+};
+
+struct PagedIndexArguments {
+  const at::Tensor& q;
+  const at::Tensor& pages;
+  const at::Tensor& weights;
+  const at::Tensor& block_table;
+  const at::Tensor& seq_lens;
+  const at::Tensor& pooled_k;
+  const at::Tensor& pooled_scale;
+  int64_t next_n;
+  int64_t block_size;
+  int64_t block_topk;
+  int64_t topk;
+  bool physical;
+};
+
 void check(const PoolArguments& arguments);
 void check(const IndexArguments& arguments);
 void check(const FlatArguments& arguments);
 void check(const MaskArguments& arguments);
 void check(const RopeArguments& arguments);
 void check(const CompleteArguments& arguments);
+void check(const PagedPoolArguments& arguments);
+void check(const PagedIndexArguments& arguments);
 
 // Sizes alone, for the planner.
 void check_sizes(int64_t heads, int64_t dim, int64_t keys);
@@ -79,6 +107,8 @@ void check_block_size(int64_t block_size);
 void check_block_sizes(int64_t block_size, int64_t block_topk, int64_t topk);
 
 ElementType element_type(at::ScalarType dtype);  // of a checked tensor
+at::ScalarType page_type(const at::Tensor& pages);             // of the keys that they hold
+int64_t page_size(const at::Tensor& pages, int64_t dim);       // of checked pages, in tokens
 MaskType mask_type(const at::Tensor& mask);      // TypeError if it cannot be one
 Pooling parse_pooling(std::string_view name);    // ValueError if unknown
 

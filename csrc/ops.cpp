@@ -1,5 +1,5 @@
 // The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py and
-// hisa/around.py.
+// hisa/paged.py and hisa/around.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(hisa, m) {
@@ -16,6 +16,15 @@ TORCH_LIBRARY(hisa, m) {
       "flat_index(Tensor q, Tensor k, Tensor weights, *, Tensor? k_scale=None,"
       " Tensor? ks=None, Tensor? ke=None, SymInt topk=2048,"
       " bool return_scores=False) -> (Tensor indices, Tensor scores)");
+  m.def(
+      "paged_pool(Tensor pages, Tensor(a!) pooled_k, Tensor(b!) pooled_scale, *,"
+      " Tensor block_table, Tensor seq_lens, SymInt? new_tokens=1, SymInt block_size=128,"
+      " str pooling=\"mean\") -> ()");
+  m.def(
+      "paged_index(Tensor q, Tensor pages, Tensor weights, *, Tensor block_table, Tensor seq_lens,"
+      " Tensor pooled_k, Tensor pooled_scale, SymInt next_n=1, SymInt block_size=128,"
+      " SymInt block_topk=64, SymInt topk=2048, bool physical=False,"
+      " bool return_scores=False) -> (Tensor indices, Tensor scores)");
   m.def("mask_windows(Tensor mask) -> (Tensor ks, Tensor ke, Tensor summary)");
   m.def(
       "rope_quantize(Tensor x, Tensor? cos=None, Tensor? sin=None, *, SymInt first=0,"
@@ -29,6 +38,8 @@ TORCH_LIBRARY_IMPL(hisa, Autograd, m) {
   m.impl("pool_keys", torch::CppFunction::makeFallthrough());
   m.impl("index", torch::CppFunction::makeFallthrough());
   m.impl("flat_index", torch::CppFunction::makeFallthrough());
+  m.impl("paged_pool", torch::CppFunction::makeFallthrough());
+  m.impl("paged_index", torch::CppFunction::makeFallthrough());
   m.impl("mask_windows", torch::CppFunction::makeFallthrough());
   m.impl("rope_quantize", torch::CppFunction::makeFallthrough());
   m.impl("complete", torch::CppFunction::makeFallthrough());

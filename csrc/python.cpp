@@ -42,9 +42,9 @@ py::dict build_info() {
   return py::dict(
       "cuda"_a = cuda, "hopper"_a = hopper, "compiler"_a = __VERSION__, "torch"_a = TORCH_VERSION,
       "cpu_isa"_a = cpu::kernels().name, "cpu_isa_available"_a = available_isas(),
-      "block_sizes"_a = support::kBlockSizes, "max_heads"_a = support::kMaxHeads,
-      "dim_step"_a = support::kDimStep, "max_dim"_a = support::kMaxDim,
-      "min_block_topk"_a = support::kMinBlockTopk,
+      "block_sizes"_a = support::kBlockSizes, "page_sizes"_a = support::kPageSizes,
+      "max_heads"_a = support::kMaxHeads, "dim_step"_a = support::kDimStep,
+      "max_dim"_a = support::kMaxDim, "min_block_topk"_a = support::kMinBlockTopk,
       "dtypes"_a = py::make_tuple(at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn),
       "mask_dtypes"_a =
           py::make_tuple(at::kBool, at::kHalf, at::kBFloat16, at::kFloat, at::kDouble));
@@ -95,6 +95,22 @@ void check_flat_index(const at::Tensor& q, const at::Tensor& k, const at::Tensor
   check(FlatArguments{q, k, weights, k_scale, ks, ke, topk});
 }
 
+void check_paged_pool(const at::Tensor& pages, const at::Tensor& pooled_k,
+                      const at::Tensor& pooled_scale, const at::Tensor& block_table,
+                      const at::Tensor& seq_lens, std::optional<int64_t> new_tokens,
+                      int64_t block_size, const std::string& pooling) {
+  check(PagedPoolArguments{pages, pooled_k, pooled_scale, block_table, seq_lens, new_tokens,
+                           block_size, pooling});
+}
+
+void check_paged_index(const at::Tensor& q, const at::Tensor& pages, const at::Tensor& weights,
+                       const at::Tensor& block_table, const at::Tensor& seq_lens,
+                       const at::Tensor& pooled_k, const at::Tensor& pooled_scale, int64_t next_n,
+                       int64_t block_size, int64_t block_topk, int64_t topk, bool physical) {
+  check(PagedIndexArguments{q, pages, weights, block_table, seq_lens, pooled_k, pooled_scale,
+                            next_n, block_size, block_topk, topk, physical});
+}
+
 unsigned long main_thread = 0;  // the only one on which Python runs signal handlers
 
 bool signal_pending() {
@@ -120,7 +136,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &hisa::plan);
   m.def("check_index", &hisa::check_index);
   m.def("check_flat_index", &hisa::check_flat_index);
+  m.def("check_paged_pool", &hisa::check_paged_pool);
+  m.def("check_paged_index", &hisa::check_paged_index);
   m.def("check_sizes", &hisa::check_sizes);
+  m.def("check_dim", &hisa::check_dim);
   m.def("check_topk", &hisa::check_topk);
   m.def("check_block_sizes", &hisa::check_block_sizes);
   m.def("check_pooling", [](const std::string& name) { hisa::parse_pooling(name); });

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import _extension, reference
+from . import _extension, reference, reference_paged
 from ._version import __version__
 from .agreement import Comparison, Explanation, Recommendation, compare, explain, recommend
 from .certificate import Certificate, ExactSelection, certify, exact_index
@@ -17,6 +17,7 @@ from .checking import check
 from .cost import ExactCost
 from .module import HierarchicalIndexer
 from .ops import flat_index, index, pool_keys
+from .paged import paged_index, paged_pool
 from .planning import Plan, plan
 from .quantize import quantize_fp8
 from .windows import causal_windows
@@ -46,12 +47,15 @@ __all__ = [
     "flat_index",
     "index",
     "load_capture",
+    "paged_index",
+    "paged_pool",
     "patch",
     "plan",
     "pool_keys",
     "quantize_fp8",
     "recommend",
     "reference",
+    "reference_paged",
 ]
 
 

@@ -48,13 +48,19 @@ def check_index_types(
     check_types(Tensor, q=q, k=k, weights=weights)
     check_types(OPTIONAL, k_scale=k_scale, ks=ks, ke=ke, cu_seqlens_k=cu_seqlens_k)
     if pooled is not None:
-        if not isinstance(pooled, tuple | list) or len(pooled) != 2:
-            got = f"{len(pooled)} of them" if isinstance(pooled, tuple | list) else pooled
-            raise TypeError(f"pooled: expected the two tensors that pool_keys returns, got {got}")
-        check_types(Tensor, pooled_k=pooled[0], pooled_scale=pooled[1])
+        check_pair(pooled, "pool_keys returns")
     check_types(NUMBER, block_size=block_size, block_topk=block_topk, topk=topk)
     check_types(str, pooling=pooling)
     check_types(bool, return_scores=return_scores)
+
+
+def check_pair(pooled: object, whose: str) -> tuple[Tensor, Tensor]:
+    """Return the two tensors of `pooled`, or raise TypeError; `whose` says which are meant."""
+    if not isinstance(pooled, tuple | list) or len(pooled) != 2:
+        got = f"{len(pooled)} of them" if isinstance(pooled, tuple | list) else pooled
+        raise TypeError(f"pooled: expected the two tensors that {whose}, got {got}")
+    check_types(Tensor, pooled_k=pooled[0], pooled_scale=pooled[1])
+    return pooled[0], pooled[1]
 
 
 def check_inputs(
@@ -187,6 +193,25 @@ def check_values(
             f"ks, ke: expected a window inside one segment of cu_seqlens_k, got "
             f"[{int(start[row])}, {int(end[row])}) in row {row}, whose segment ends at "
             f"{int(limit[row])}"
+        )
+
+
+def check_paged_values(pages: Tensor, dim: int, block_table: Tensor, seq_lens: Tensor) -> None:
+    """Raise ValueError for the first sequence that its pages do not hold; shapes are checked."""
+    page_size = pages.shape[1] // (dim + 4) if pages.dim() == 2 else pages.shape[1]
+    most = block_table.shape[1] * page_size
+    if (row := _first(seq_lens > most)) is not None:
+        raise ValueError(
+            f"seq_lens: expected at most {block_table.shape[1]} pages of {page_size} = {most} "
+            f"tokens, got {int(seq_lens[row])} in sequence {row}"
+        )
+    used = torch.arange(block_table.shape[1], device=pages.device) * page_size < seq_lens[:, None]
+    wrong = used & ((block_table < 0) | (block_table >= pages.shape[0]))
+    if (row := _first(wrong.any(1))) is not None:
+        entry = int(_first(wrong[row]) or 0)
+        raise ValueError(
+            f"block_table: expected ids in [0, {pages.shape[0]}) for the {int(seq_lens[row])} "
+            f"tokens of sequence {row}, got {int(block_table[row, entry])} at entry {entry}"
         )
 
 

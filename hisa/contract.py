@@ -24,6 +24,17 @@ CONTRACT: dict[str, tuple[str, torch.dtype | None]] = {
     "pooled_scale": ("P", torch.float32),
 }
 
+# The same on paged caches. None is the dtype of the keys that the pages hold. S sequences, W pages
+# of a sequence, P pages in all.
+PAGED: dict[str, tuple[str, torch.dtype | None]] = {
+    "q": ("M H D", None),
+    "weights": ("M H", torch.float32),
+    "block_table": ("S W", torch.int32),
+    "seq_lens": ("S", torch.int32),
+    "pooled_k": ("P D", None),
+    "pooled_scale": ("P", torch.float32),
+}
+
 
 def check_contract(k: Tensor, *, block_size: int | None = None, **tensors: Tensor | None) -> None:
     """Raise for the first tensor whose device, dtype or shape does not go with the others.
@@ -60,6 +71,61 @@ def check_contract(k: Tensor, *, block_size: int | None = None, **tensors: Tenso
     limited = (sizes.get("H", 1), sizes["D"], sizes["N"])
     if all(isinstance(size, int) for size in limited):
         module.check_sizes(*limited)
+
+
+def check_paged_contract(pages: Tensor, *, block_size: int, **tensors: Tensor) -> dict[str, int]:
+    """Raise for the first tensor of a paged call that does not go with the others.
+
+    Sizes and block_size may be symbolic. The first of `tensors` says what D is.
+
+    Returns:
+        The size behind each letter of PAGED.
+
+    Raises:
+        TypeError: a dtype differs.
+        ValueError: a device or a shape differs, or block_size is no multiple of the page's.
+    """
+    module = _extension.require()
+    packed = pages.dtype == torch.uint8  # keys, then their scales
+    if not packed and pages.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"pages: expected uint8, float32, bfloat16 or float16, got {pages.dtype}")
+    if pages.dim() < 2:
+        raise ValueError(f"pages: expected [P, ...], got {list(pages.shape)}")
+    sizes: dict[str, int] = {"P": pages.shape[0]}
+    for name, tensor in tensors.items():
+        letters, dtype = PAGED[name]
+        dtype = dtype or (torch.float8_e4m3fn if packed else pages.dtype)
+        check_shape(name, tensor, letters, sizes, pages.device, dtype)
+    page_size = _page_size(pages, sizes["D"])
+    limited = (sizes.get("H", 1), sizes["D"], sizes["W"] * page_size)
+    if all(isinstance(size, int) for size in limited):
+        module.check_sizes(*limited)
+    if all(isinstance(size, int) for size in (block_size, page_size)) and block_size % page_size:
+        raise ValueError(
+            f"block_size: expected a multiple of page_size = {page_size}, got {block_size}"
+        )
+    return sizes
+
+
+def _page_size(pages: Tensor, dim: int) -> int:
+    """Return how many tokens a page holds, or raise ValueError if pages do not hold tokens."""
+    module, shape, packed = _extension.require(), pages.shape, pages.dtype == torch.uint8
+    if isinstance(dim, int):
+        module.check_dim("pages", dim)
+    width = dim + 4 if packed else dim
+    if packed and len(shape) == 2:
+        page_size, shaped = shape[1] // width, shape[1] % width == 0
+    elif packed and len(shape) == 4:
+        page_size, shaped = shape[1], shape[2] == 1 and shape[3] == width
+    else:
+        page_size, shaped = shape[1], len(shape) == 3 and shape[2] == width
+    known = module.build_info()["page_sizes"]
+    if not shaped or (isinstance(page_size, int) and page_size not in known):
+        raise ValueError(
+            f"pages: expected page_size tokens of {width} elements, page_size one of {known}, "
+            f"got {list(shape)} {pages.dtype}"
+        )
+    return page_size
 
 
 def check_shape(

@@ -277,7 +277,7 @@ def _(
         pooled_k=pooled_k,
         pooled_scale=pooled_scale,
     )
-    return _empty_selection(q, topk, return_scores)
+    return empty_selection(q, topk, return_scores)
 
 
 @overload
@@ -376,7 +376,7 @@ def _(
     check_contract(k, q=q, weights=weights, k_scale=k_scale, ks=ks, ke=ke)
     if isinstance(topk, int):
         _extension.require().check_topk(topk)
-    return _empty_selection(q, topk, return_scores)
+    return empty_selection(q, topk, return_scores)
 
 
 def mask_windows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,7 +412,8 @@ def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ks, ke, mask.new_empty(4, dtype=torch.int32)
 
 
-def _empty_selection(q: Tensor, topk: int, return_scores: bool) -> tuple[Tensor, Tensor]:
+def empty_selection(q: Tensor, topk: int, return_scores: bool) -> tuple[Tensor, Tensor]:
+    """Return a selection's tensors, without values."""
     rows = q.shape[0]
     indices = q.new_empty(rows, topk, dtype=torch.int32)
     return indices, q.new_empty(rows if return_scores else 0, topk, dtype=torch.float32)

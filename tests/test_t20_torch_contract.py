@@ -23,6 +23,7 @@ import hisa
 from tests.builders import exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.numeric import DTYPES, FP8
+from tests.paged import exact_paged
 
 OPS = ("pool_keys", "index", "flat_index")
 MASKS = {
@@ -73,6 +74,29 @@ def test_opcheck(device: str, op: str, number: int) -> None:
     torch.library.opcheck(getattr(torch.ops.hisa, op).default, args, kwargs, test_utils=utils)
 
 
+@pytest.mark.parametrize("op", ["paged_pool", "paged_index"])
+@pytest.mark.parametrize("seed", range(8))
+def test_opcheck_of_paged_caches(op: str, seed: int) -> None:
+    """The same for the ops on paged caches, of which one writes to its arguments."""
+    paged = exact_paged(seed)
+    case = paged.case
+    options: dict[str, Any] = {"block_table": paged.block_table, "seq_lens": paged.seq_lens,
+                               "block_size": case.block_size}  # fmt: skip
+    if op == "paged_pool":
+        args = (paged.pages, paged.pooled_k.fill_(0), paged.pooled_scale.fill_(1))
+        options |= {"new_tokens": (None, 1, 40)[seed % 3], "pooling": case.pooling}
+    else:
+        args = (case.q, paged.pages, case.weights)
+        options |= {"pooled_k": paged.pooled_k, "pooled_scale": paged.pooled_scale,
+                    "next_n": paged.next_n, "block_topk": case.block_topk, "topk": case.topk,
+                    "physical": seed % 2 == 0, "return_scores": seed % 3 == 0}  # fmt: skip
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor",
+             "test_aot_dispatch_dynamic"]  # fmt: skip
+    if case.q.dtype == FP8:
+        utils.remove("test_schema")  # NOTE: compares with an fp8 multiplication that torch lacks
+    torch.library.opcheck(getattr(torch.ops.hisa, op).default, args, options, test_utils=utils)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_opcheck_of_masks(mask: str) -> None:
     """The same for the op that `hisa.hf` finds windows with."""
@@ -94,7 +118,8 @@ def test_schemas_are_kept() -> None:
 
 def current_schemas() -> dict[str, str]:
     """Schemas of this build."""
-    names = (*OPS, "certify", "exact_index", "mask_windows", "rope_quantize", "complete")
+    paged, around = ("paged_pool", "paged_index"), ("mask_windows", "rope_quantize", "complete")
+    names = (*OPS, "certify", "exact_index", *paged, *around)
     return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in names}
 
 

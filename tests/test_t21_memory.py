@@ -66,6 +66,42 @@ def test_peak_is_the_stated_formula(family: Family, call: tuple[str, int, int, i
     assert int(run.stdout) <= allowed, f"{int(run.stdout) / 2**20:.1f} MiB\n{plan}"
 
 
+MEASURE_PAGED = """
+import torch, hisa
+torch.set_num_threads(2)
+n, d, count = 2**18, 128, 2**12
+pages = torch.ones(count, 64, d)
+pooled = torch.ones(count, d), torch.ones(count)
+table = dict(block_table=torch.arange(count, dtype=torch.int32)[None].repeat(2, 1))
+q, weights = torch.ones(8, 4, d), torch.ones(8, 4)
+def call(n):
+    lengths = dict(seq_lens=torch.tensor([n, n], dtype=torch.int32))
+    hisa.paged_pool(pages, *pooled, new_tokens=None, **table, **lengths)
+    few = dict(topk=256, block_topk=8, next_n=4, return_scores=True)
+    hisa.paged_index(q, pages, weights, pooled=pooled, **few, **table, **lengths)
+call(4096)
+resident = int(open("/proc/self/statm").read().split()[1]) * 4096
+open("/proc/self/clear_refs", "w").write("5")
+status = lambda: int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) * 1024
+call(n)
+print(status() - resident)
+"""
+
+
+def test_a_paged_call_gathers_nothing() -> None:
+    """Two sequences of 128 MiB of keys: what `hisa.plan` says, and no keys in one piece."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measured through Linux's /proc")
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE_PAGED],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=50,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    torch.set_num_threads(2)
+    plan = hisa.plan(8, 2**18, 4, 128, dtype=torch.float32, topk=256, block_topk=8, pooled=True)
+    assert int(run.stdout) <= plan.workspace_bytes + SLACK < 2**25
+
+
 def test_workspace_does_not_grow_with_rows_or_keys() -> None:
     """The stated workspace depends on neither M nor N, apart from the pooled keys of `index`."""
 

@@ -5,6 +5,7 @@
 #include "../entry.h"
 #include "../entry_around.h"
 #include "around.h"
+#include "../entry_paged.h"
 #include "float_environment.h"
 #include "mask.h"
 #include "run.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kMaskGrain = 1 << 16;  // elements of a mask or a selection, worth a thread
 constexpr int64_t kRopeGrain = 1 << 14;  // channels that are
+constexpr int64_t kPlaceGrain = 64;      // rows of indices that are
 
 struct Cpu {
   static constexpr int64_t kAlignment = 1;
@@ -41,6 +43,24 @@ struct Cpu {
   void flat(const FlatParams& params, const Shape& shape) {
     run_groups(make_plan(shape, at::get_num_threads()), params,
                [&](Group& group) { cpu::flat(params, group); });
+  }
+
+  void paged_pool(const PagedPoolParams& params) {
+    const int64_t blocks = params.keys.table.sequences * most_blocks(params);
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      cpu::pool(params, begin, end);
+    });
+  }
+
+  void paged_index(const PagedIndexParams& params, const Shape& shape) {
+    run_groups(make_plan(shape, at::get_num_threads()), params, [&](Group& group) {
+      coarse(params, group);
+      refine(params, group);
+    });
+    if (!params.physical) return;
+    at::parallel_for(0, shape.rows, kPlaceGrain,
+                     [&](int64_t begin, int64_t end) { place(params, begin, end); });
   }
 
   void mask(const MaskParams& params) {
@@ -75,6 +95,8 @@ TORCH_LIBRARY_IMPL(hisa, CPU, m) {
   m.impl("pool_keys", &pool_keys<Cpu>);
   m.impl("index", &hisa::index<Cpu>);
   m.impl("flat_index", &flat_index<Cpu>);
+  m.impl("paged_pool", &paged_pool<Cpu>);
+  m.impl("paged_index", &hisa::paged_index<Cpu>);
   m.impl("mask_windows", &mask_windows<Cpu>);
   m.impl("rope_quantize", &rope_quantize<Cpu>);
   m.impl("complete", &hisa::complete<Cpu>);

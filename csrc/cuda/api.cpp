@@ -90,12 +90,20 @@ struct Cuda {
   at::TensorOptions bytes;
 };
 
+// NOTE: paged caches have no CUDA kernels yet. Says so, instead of the dispatcher.
+void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_VALUE(false, join(op.schema().name(), ": expected tensors on the cpu, got CUDA ",
+                                "tensors, for which this operator has no kernels yet"));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", &pool_keys<Cuda>);
   m.impl("index", &hisa::index<Cuda>);
   m.impl("flat_index", &flat_index<Cuda>);
+  m.impl("paged_pool", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("paged_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("mask_windows", &mask_windows<Cuda>);
   m.impl("rope_quantize", &rope_quantize<Cuda>);
   m.impl("complete", &hisa::complete<Cuda>);

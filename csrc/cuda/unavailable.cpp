@@ -25,6 +25,8 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("flat_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("paged_pool", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("paged_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("mask_windows", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("rope_quantize", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("complete", torch::CppFunction::makeFromBoxedFunction<&unavailable>());

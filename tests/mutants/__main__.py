@@ -102,7 +102,7 @@ def main() -> int:
         path.write_text(mutated(mutant, saved))
         try:
             build(tree)
-            by = killer(tree, options.tests)
+            by = killer(tree, [*mutant.tests] or options.tests)
         finally:
             path.write_text(saved)
         survivors += by is None
