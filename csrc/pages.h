@@ -20,11 +20,11 @@ struct PageTable {
   int64_t stride;
   int64_t pages;  // that exist: other ids are none
 
-  // Id of a sequence's page `i`, -1 if there is none.
+  // Id of a sequence's page `i`, negative if there is none.
   HISA_HOST_DEVICE int64_t page(int64_t sequence, int64_t i) const {
     if (i >= width) return -1;
     const int64_t id = ids[sequence * stride + i];
-    return id >= 0 && id < pages ? id : -1;
+    return id < pages ? id : -1;
   }
 
   // Tokens of a sequence that are there: at most what its pages hold, and none from the first page

@@ -130,12 +130,7 @@ MUTANTS = [
     Mutant("topk above the budget accepted", "checks.cpp", "(topk - 1) / block_size < block_topk",
            "(topk - 1) / block_size <= block_topk"),
     # paged caches
-    Mutant("paged: negative ids are pages", "pages.h", "id >= 0 && id < pages", "id < pages",
-           tests=PAGED),
-    Mutant("paged: ids beyond the pages", "pages.h", "id >= 0 && id < pages", "id >= 0",
-           tests=PAGED),
-    Mutant("paged: entries beyond the table", "pages.h", "if (i >= width) return -1;", "",
-           tests=PAGED),
+    Mutant("paged: ids beyond the pages", "pages.h", "id < pages ? id : -1", "id", tests=PAGED),
     Mutant("paged: table's stride ignored", "pages.h", "sequence * stride + i",
            "sequence * width + i", tests=PAGED),
     Mutant("paged: holes are not looked for", "pages.h", "if (page(sequence, i) < 0) return",
