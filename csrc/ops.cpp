@@ -1,4 +1,4 @@
-// The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py and
+// The table of contents: every operator of the library. SPEC: docstrings in hisa/ops.py,
 // hisa/paged.py and hisa/around.py.
 #include <torch/library.h>
 

@@ -62,7 +62,9 @@ def _takes(x: Tensor) -> bool:
 def quantize_by_torch(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Quantise with torch's operators: for what the operator does not take, and its definition."""
     wide = x.float()
-    scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=MIN_SCALE)
+    # NOTE: a tensor, since torch multiplies by the reciprocal of a number on CUDA.
+    largest = torch.full((), FP8_MAX, device=x.device)
+    scale = (wide.abs().amax(-1) / largest).clamp(min=MIN_SCALE)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2 ** exponent, from 0.5 on
         rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

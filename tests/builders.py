@@ -80,7 +80,7 @@ def with_exact_queries(rng: Rng, case: Case) -> Case:
     pooled = oracle.pool_keys(case)[0]
     queries = rng.integers(-2, 3, tuple(case.q.shape)).astype(np.float32)
     dot_limit = 2**13 if case.q.dtype == FP8 else 2**24
-    for _ in range(24):
+    for _ in range(48):
         tried = case.replace(q=as_tensor(queries, case.q.dtype))
         weights = decode(case.weights)
         if all(is_exact(queries, keys, weights, dot_limit) for keys in (decode(case.k), pooled)):

@@ -2,10 +2,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../entry.h"
 #include "../entry_around.h"
-#include "around.h"
 #include "../entry_paged.h"
+#include "around.h"
 #include "float_environment.h"
 #include "mask.h"
 #include "run.h"
