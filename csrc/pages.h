@@ -27,14 +27,12 @@ struct PageTable {
     return id < pages ? id : -1;
   }
 
-  // Tokens of a sequence that are there: at most what its pages hold, and none from the first page
-  // on that does not exist.
+  // Tokens of a sequence: it ends where its row of the table does, or before a page that is none.
   HISA_HOST_DEVICE int64_t length(int64_t sequence, int64_t page_size) const {
     const int64_t wanted = lengths[sequence];
-    const int64_t most = wanted < width * page_size ? wanted : width * page_size;
-    for (int64_t i = 0; i * page_size < most; ++i)
+    for (int64_t i = 0; i * page_size < wanted; ++i)
       if (page(sequence, i) < 0) return i * page_size;
-    return most < 0 ? 0 : most;
+    return wanted < 0 ? 0 : wanted;
   }
 };
 
