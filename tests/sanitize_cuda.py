@@ -12,6 +12,7 @@ from tests.builders import exact_case, int32
 from tests.checker import assert_same
 from tests.families import CUDA
 from tests.numeric import DTYPES
+from tests.paged import exact_paged
 from tests.test_around import DTYPES as ROPE_DTYPES
 from tests.test_around import SHAPES as ROPE_SHAPES
 from tests.test_around import (
@@ -58,6 +59,14 @@ def main() -> None:
                 test_turns_as_the_models_do("cuda", shape, dtype, interleaved)
                 shapes += 1
     test_completes_rows_of_all_lengths("cuda")
+    for dtype in DTYPES:
+        for heads, depth in ((16, 64), (64, 128), (3, 32)):
+            for page_size in (16, 64):
+                paged = exact_paged(shapes, dtype=dtype, H=heads, D=depth, B=64, topk=70,
+                                    block_topk=3, page_size=page_size, next_n=2,
+                                    lengths=[500, 0, 133])  # fmt: skip
+                assert_same(paged.pool(CUDA).index(CUDA), oracle.index(paged.case))
+                shapes += 1
     print(f"{shapes + 1} shapes right")
 
 

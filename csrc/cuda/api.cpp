@@ -6,10 +6,12 @@
 
 #include <bit>
 
-#include "../entry.h"
 #include "../entry_around.h"
+#include "../entry_paged.h"
+#include "../support.h"
 #include "../text.h"
 #include "launch.h"
+#include "paged.h"
 #include "sm90/launch.h"
 
 namespace hisa::cuda {
@@ -62,11 +64,58 @@ struct Cuda {
         shape);
   }
 
+  void paged_pool(const PagedPoolParams& params) {
+    C10_CUDA_CHECK(launch_paged_pool(params, stream));
+  }
+
+  // See paged.h.
+  void paged_index(const PagedIndexParams& params, const Shape& shape) {
+    TORCH_CHECK_VALUE(
+        params.windows.next_n * params.block_topk * params.block_size <= support::kMaxKeys,
+        join("block_topk: expected next_n * block_topk * block_size to be at most ",
+             support::kMaxKeys, " on CUDA, got ", params.windows.next_n, " * ", params.block_topk,
+             " * ", params.block_size));
+    const bool direct = sm90::takes(shape, limits);
+    const PagedSizes sizes = size_paged(params, direct);
+    const Tensor workspace = allocate(sizes.workspace);
+    for (int64_t first = 0; first < params.keys.table.sequences; first += sizes.sequences) {
+      const PagedPart part = make_part(params, direct, first, pointer(workspace));
+      C10_CUDA_CHECK(gather_pooled(part, stream));
+      direct ? run_direct(part, shape) : run_gathered(part, shape);
+      if (!direct || params.physical) C10_CUDA_CHECK(place(part, stream));
+    }
+  }
+
   void mask(const MaskParams& params) { C10_CUDA_CHECK(launch_mask(params, stream)); }
   void rope(const RopeParams& params) { C10_CUDA_CHECK(launch_rope(params, stream)); }
   void complete(const CompleteParams& params) { C10_CUDA_CHECK(launch_complete(params, stream)); }
 
  private:
+  void run_direct(const PagedPart& part, Shape shape) {
+    shape.rows = part.rows();
+    const sm90::Geometry geometry =
+        sm90::make_paged_geometry(shape, limits, part.count, part.call.keys.page_size);
+    const Tensor workspace = allocate(geometry.workspace);
+    C10_CUDA_CHECK(sm90::launch_paged_rows(direct_rows(part), keys_of(part), geometry,
+                                           pointer(workspace), stream));
+  }
+
+  void run_gathered(const PagedPart& part, const Shape& shape) {
+    if (part.prunes() && part.kept > 2) run_flat(choose_blocks(part), shape);
+    C10_CUDA_CHECK(gather_tokens(part, stream));
+    run_flat(choose_tokens(part), shape);
+  }
+
+  // A flat call like `shape`, but for its keys and topk.
+  void run_flat(const RowsParams& params, Shape shape) {
+    shape.rows = params.queries.rows;
+    shape.keys = params.keys.count;
+    shape.topk = params.output.topk;
+    shape.block_size = shape.block_topk = 0;
+    shape.pooled = false;
+    run(params, shape);
+  }
+
   void run(const RowsParams& params, const Shape& shape) {
     if (sm90::takes(shape, limits)) {
       const sm90::Geometry geometry = sm90::make_geometry(shape, limits);
@@ -90,20 +139,14 @@ struct Cuda {
   at::TensorOptions bytes;
 };
 
-// NOTE: paged caches have no CUDA kernels yet. Says so, instead of the dispatcher.
-void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK_VALUE(false, join(op.schema().name(), ": expected tensors on the cpu, got CUDA ",
-                                "tensors, for which this operator has no kernels yet"));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", &pool_keys<Cuda>);
   m.impl("index", &hisa::index<Cuda>);
   m.impl("flat_index", &flat_index<Cuda>);
-  m.impl("paged_pool", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
-  m.impl("paged_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("paged_pool", &paged_pool<Cuda>);
+  m.impl("paged_index", &hisa::paged_index<Cuda>);
   m.impl("mask_windows", &mask_windows<Cuda>);
   m.impl("rope_quantize", &rope_quantize<Cuda>);
   m.impl("complete", &hisa::complete<Cuda>);

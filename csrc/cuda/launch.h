@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../pages.h"
 #include "../plan.h"
 #include "limits.h"
 #include "params.h"
@@ -32,6 +33,7 @@ cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* works
                         cudaStream_t stream);
 cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
 cudaError_t launch_mask(const MaskParams& params, cudaStream_t stream);
+cudaError_t launch_paged_pool(const PagedPoolParams& params, cudaStream_t stream);
 cudaError_t launch_rope(const RopeParams& params, cudaStream_t stream);
 cudaError_t launch_complete(const CompleteParams& params, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "../../text.h"
 
@@ -125,6 +126,20 @@ cudaError_t find_encode(Encode& encode) {
   return error;
 }
 
+constexpr CUtensorMapDataType kFloats = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;  // of scales
+
+// Of keys and queries.
+struct Elements {
+  int64_t size;   // bytes
+  int64_t panel;  // elements
+  CUtensorMapDataType type;
+
+  explicit Elements(const Keys& keys)
+      : size(element_size(keys.type)),
+        panel(std::min<int64_t>(keys.dim, 128 / size)),
+        type(size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) {}
+};
+
 constexpr int64_t kAnyStride = 16;  // that of a single row is no matter
 
 struct Dimension {
@@ -149,9 +164,9 @@ cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* dat
     box[rank++] = static_cast<cuuint32_t>(d.box);
   }
   const auto row = static_cast<int64_t>(box[0] * strides[0]);
-  const CUtensorMapSwizzle swizzle = rank == 1   ? CU_TENSOR_MAP_SWIZZLE_NONE
-                                     : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                 : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUtensorMapSwizzle swizzle = type == kFloats ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                     : row == 64     ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                     : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult result =
       encode(&map, type, rank, const_cast<void*>(data), sizes, strides + 1, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -159,9 +174,9 @@ cudaError_t make_map(CUtensorMap& map, CUtensorMapDataType type, const void* dat
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept, char* workspace,
-                         cudaStream_t stream) {
-  Params params{};
+// All but the keys.
+cudaError_t fill(Params& params, const RowsParams& rows, const Plan& plan, int32_t* kept,
+                 char* workspace) {
   params.rows = rows;
   params.kept = kept;
   params.work = plan.work;
@@ -173,34 +188,72 @@ cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept
   params.rows.chunk = plan.chunk;
   params.rows.capacity = plan.capacity;
   params.rows.workspace = plan.on_chip ? nullptr : workspace;
+  const Queries& queries = rows.queries;
+  const Elements elements(rows.keys);
+  return make_map(params.queries, elements.type, queries.data,
+                  {{rows.keys.dim, elements.size, elements.panel},
+                   {queries.heads, queries.head_stride * elements.size, queries.heads},
+                   {queries.rows, queries.row_stride * elements.size, plan.group}});
+}
+
+cudaError_t launch_kernel(const Params& params, const Plan& plan, cudaStream_t stream) {
+  return params.scored.type == ElementType::kFloat8E4M3
+             ? launch_kernel<ElementType::kFloat8E4M3>(params, plan, stream)
+             : launch_kernel<ElementType::kBFloat16>(params, plan, stream);
+}
+
+cudaError_t launch_stage(const RowsParams& rows, const Plan& plan, int32_t* kept, char* workspace,
+                         cudaStream_t stream) {
+  Params params{};
+  if (const cudaError_t error = fill(params, rows, plan, kept, workspace)) return error;
   // What the kernel scores is `keys` to it; the windows are of the tokens, in any case.
   const Keys& keys = plan.work == Work::kCoarse ? rows.pooled : rows.keys;
-
-  const Queries& queries = rows.queries;
-  const int64_t element = element_size(keys.type);
-  const auto type = element == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t panel = std::min<int64_t>(keys.dim, 128 / element);
+  params.scored = keys;
+  const Elements elements(keys);
   if (const cudaError_t error =
-          make_map(params.queries, type, queries.data,
-                   {{keys.dim, element, panel},
-                    {queries.heads, queries.head_stride * element, queries.heads},
-                    {queries.rows, queries.row_stride * element, plan.group}}))
-    return error;
-  if (const cudaError_t error = make_map(
-          params.keys, type, keys.data,
-          {{keys.dim, element, panel}, {keys.count, keys.stride * element, plan.boxes.keys}}))
+          make_map(params.keys, elements.type, keys.data,
+                   {{keys.dim, elements.size, elements.panel},
+                    {keys.count, keys.stride * elements.size, plan.boxes.keys}}))
     return error;
   if (keys.scale != nullptr) {
     params.scale_offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(keys.scale) / 4 % 4);
-    if (const cudaError_t error = make_map(
-            params.scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, keys.scale - params.scale_offset,
-            {{keys.count + params.scale_offset, 4, plan.boxes.scales}}))
+    if (const cudaError_t error =
+            make_map(params.scale, kFloats, keys.scale - params.scale_offset,
+                     {{keys.count + params.scale_offset, 4, plan.boxes.scales}}))
       return error;
   }
-  params.scored = keys;
-  return keys.type == ElementType::kFloat8E4M3
-             ? launch_kernel<ElementType::kFloat8E4M3>(params, plan, stream)
-             : launch_kernel<ElementType::kBFloat16>(params, plan, stream);
+  return launch_kernel(params, plan, stream);
+}
+
+// Refine, of keys in pages.
+cudaError_t launch_pages(const RowsParams& rows, const PagedKeys& keys, const Plan& plan,
+                         int32_t* kept, char* workspace, cudaStream_t stream) {
+  Params params{};
+  if (const cudaError_t error = fill(params, rows, plan, kept, workspace)) return error;
+  params.work = Work::kRefine;
+  params.scored = rows.keys;
+  const PageTable& table = keys.table;
+  params.pages = {
+      .ids = table.ids,
+      .stride = table.stride,
+      .sequences = static_cast<uint32_t>(table.sequences),
+      .width = static_cast<uint32_t>(table.width),
+      .pages = static_cast<int32_t>(table.pages),
+      .room = static_cast<uint32_t>(keys.room),
+      .page_shift = static_cast<uint32_t>(std::countr_zero(static_cast<uint64_t>(keys.page_size)))};
+  const Elements elements(rows.keys);
+  if (const cudaError_t error =
+          make_map(params.keys, elements.type, keys.data,
+                   {{keys.dim, elements.size, elements.panel},
+                    {keys.page_size, keys.dim * elements.size, plan.boxes.keys},
+                    {table.pages, keys.stride, 1}}))
+    return error;
+  if (keys.scale != nullptr)
+    if (const cudaError_t error =
+            make_map(params.scale, kFloats, keys.scale,
+                     {{keys.page_size, 4, plan.boxes.scales}, {table.pages, keys.scale_stride, 1}}))
+      return error;
+  return launch_kernel(params, plan, stream);
 }
 
 }  // namespace
@@ -239,6 +292,37 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   geometry.workspace =
       geometry.lists + std::max(geometry.coarse.workspace, geometry.tokens.workspace);
   return geometry;
+}
+
+Geometry make_paged_geometry(const Shape& shape, const DeviceLimits& limits, int64_t sequences,
+                             int64_t page_size) {
+  Geometry geometry{};
+  geometry.prunes = true;  // so that rows have lists of blocks, if it is of all
+  geometry.kept = std::min(shape.block_topk, shape.slots());
+  const int64_t group = group_size(static_cast<int>(shape.heads), static_cast<int>(shape.dim),
+                                   shape.type, Work::kCoarse);
+  // A group's rows may be of as many sequences, and look at what lies between theirs, too.
+  geometry.coarse = make_plan(shape, limits, Work::kCoarse,
+                              std::min(group, sequences) * shape.slots(), geometry.kept);
+  const int64_t tokens = geometry.kept * shape.block_size;
+  Shape in_pages = shape;
+  in_pages.block_size = page_size;
+  geometry.tokens =
+      make_plan(in_pages, limits, Work::kRefinePages, tokens, std::min(shape.topk, tokens));
+  geometry.lists = round_up(shape.rows * geometry.kept * 4, 16);
+  geometry.workspace =
+      geometry.lists + std::max(geometry.coarse.workspace, geometry.tokens.workspace);
+  return geometry;
+}
+
+cudaError_t launch_paged_rows(RowsParams params, const PagedKeys& keys, const Geometry& geometry,
+                              char* workspace, cudaStream_t stream) {
+  auto* kept = reinterpret_cast<int32_t*>(workspace);
+  char* buffers = workspace + geometry.lists;
+  params.kept = geometry.kept;
+  if (const cudaError_t error = launch_stage(params, geometry.coarse, kept, buffers, stream))
+    return error;
+  return launch_pages(params, keys, geometry.tokens, kept, buffers, stream);
 }
 
 cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* workspace,

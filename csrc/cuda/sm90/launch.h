@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../../pages.h"
 #include "../../plan.h"
 #include "../limits.h"
 #include "params.h"
@@ -56,9 +57,17 @@ bool takes(const Shape& shape, const DeviceLimits& limits);
 std::string kernel_name(const Shape& shape);
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits);
 
+// Of a paged call on some sequences; shape.keys are those of one.
+Geometry make_paged_geometry(const Shape& shape, const DeviceLimits& limits, int64_t sequences,
+                             int64_t page_size);
+
 // Fill in what follows from the geometry, and launch. No synchronisation.
 cudaError_t launch_rows(RowsParams params, const Geometry& geometry, char* workspace,
                         cudaStream_t stream);
+
+// Likewise of a paged call, whose keys `params` numbers as PageMap does; its pooled keys, adjacent.
+cudaError_t launch_paged_rows(RowsParams params, const PagedKeys& keys, const Geometry& geometry,
+                              char* workspace, cudaStream_t stream);
 
 // One translation unit each: rows_fp8.cu, rows_bf16.cu.
 template <ElementType kType>

@@ -107,6 +107,16 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
   }
 }
 
+// The page that holds a key of a paged call. A page that is none is never read, nor is one of a key
+// behind the last: the copy engine brings zeros.
+__device__ __forceinline__ int32_t find_page(const PageMap& map, int32_t key) {
+  const uint32_t sequence = static_cast<uint32_t>(key) / map.room;
+  const uint32_t page = (static_cast<uint32_t>(key) - sequence * map.room) >> map.page_shift;
+  if (sequence >= map.sequences || page >= map.width) return map.pages;
+  const int32_t id = map.ids[sequence * map.stride + page];
+  return id < 0 ? map.pages : id;
+}
+
 // Copy every kCopiers-th tile, in boxes: of the row's blocks, or the whole of it.
 template <class C>
 __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32_t copier) {
@@ -146,12 +156,24 @@ __device__ void copy_tiles(const Params& params, const Memory<C>& memory, uint32
       full.arrive_and_expect(Memory<C>::kTileBytes + scale_bytes);
       if (lane < boxes.number) {
         char* to = memory.keys + stage * Memory<C>::kTileBytes + lane * boxes.keys * C::kPitch;
-        for (int panel = 0; panel < C::kPanels; ++panel)
-          ptx::copy_box(to + panel * C::kTile * C::kPitch, params.keys, full,
-                        panel * C::kPitch / C::kElement, key);
-        if (scale_bytes > 0)
-          ptx::copy_box(memory.scale + stage * boxes.tile + lane * boxes.pitch, params.scale, full,
-                        static_cast<int32_t>((key + params.scale_offset) & ~3U));
+        if constexpr (C::kPages) {
+          const auto inside_page =
+              static_cast<int32_t>(key & ((1U << params.pages.page_shift) - 1));
+          const int32_t page = find_page(params.pages, key);
+          for (int panel = 0; panel < C::kPanels; ++panel)
+            ptx::copy_box(to + panel * C::kTile * C::kPitch, params.keys, full,
+                          panel * C::kPitch / C::kElement, inside_page, page);
+          if (scale_bytes > 0)
+            ptx::copy_box(memory.scale + stage * boxes.tile + lane * boxes.pitch, params.scale,
+                          full, inside_page, page);
+        } else {
+          for (int panel = 0; panel < C::kPanels; ++panel)
+            ptx::copy_box(to + panel * C::kTile * C::kPitch, params.keys, full,
+                          panel * C::kPitch / C::kElement, key);
+          if (scale_bytes > 0)
+            ptx::copy_box(memory.scale + stage * boxes.tile + lane * boxes.pitch, params.scale,
+                          full, static_cast<int32_t>((key + params.scale_offset) & ~3U));
+        }
       }
       stage += C::kCopiers;
       if (stage >= static_cast<uint32_t>(params.stages)) {

@@ -8,9 +8,11 @@
 namespace hisa::cuda::sm90 {
 
 // Refine: for each row by itself, or for two rows at a time, whose common blocks are scored
-// together.
-enum class Work { kCoarse, kRefine, kRefinePairs, kFlat };
-constexpr bool is_refine(Work work) { return work == Work::kRefine || work == Work::kRefinePairs; }
+// together. Of pages: for each row by itself; to the kernel it is kRefine.
+enum class Work { kCoarse, kRefine, kRefinePairs, kFlat, kRefinePages };
+constexpr bool is_refine(Work work) {
+  return work == Work::kRefine || work == Work::kRefinePairs || work == Work::kRefinePages;
+}
 
 inline constexpr int kMaxStages = 8;     // tiles in shared memory
 inline constexpr int kMaxGroups = 4;     // at hand
@@ -37,7 +39,7 @@ constexpr bool has_pairs(int heads, int dim, ElementType type) {
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {
   if (work == Work::kRefinePairs) return 2;
   const int columns = dim * element_size(type) > 128 ? 64 : heads == 64 ? 128 : 64;
-  return work == Work::kRefine || heads > columns ? 1 : columns / heads;
+  return is_refine(work) || heads > columns ? 1 : columns / heads;
 }
 // Whether products have so many columns, of two rows, and take so little time, that three
 // warpgroups with one product each keep the tensor cores busier than two with two each.
@@ -70,6 +72,18 @@ constexpr Boxes make_boxes(int64_t block_size, int tile_keys) {  // 0: adjacent 
           pitch, all / keys * pitch, keys > 64 ? 64 : 64 / keys * pitch};
 }
 
+// Where the keys of a paged call are: key n is token n % room of sequence n / room, whose pages the
+// table lists.
+struct PageMap {
+  const int32_t* ids;  // [sequences, width], rows `stride` apart
+  int64_t stride;
+  uint32_t sequences;
+  uint32_t width;
+  int32_t pages;  // that exist
+  uint32_t room;  // keys of a sequence
+  uint32_t page_shift;  // log2 of a page's keys
+};
+
 struct Params {
   Keys scored;      // by this kernel: rows.keys or rows.pooled
   // chunk: of a row's scores; capacity: 0 if all rows fit into a chunk; workspace:
@@ -85,6 +99,7 @@ struct Params {
   int stages;
   uint32_t groups, chunks;  // at hand
   Boxes boxes;
+  PageMap pages;  // keys: [pages, page_size, dim]; scale: [pages, page_size]; if they are in pages
 };
 
 // Of a row that does not fit into a chunk, scorers mark which scores may be among the best: words

@@ -80,6 +80,8 @@ auto with_config(int64_t heads, int64_t dim, Work work, Use use) {
     if (work == Work::kRefinePairs) {
       if constexpr (has_pairs(kHeads, kDim, kType))
         result = use(Config<kType, kHeads, kDim, 2, true>{});
+    } else if (work == Work::kRefinePages) {
+      result = use(Config<kType, kHeads, kDim, 1, false, true>{});
     } else if (work == Work::kRefine) {
       result = use(Config<kType, kHeads, kDim, 1>{});
     } else {

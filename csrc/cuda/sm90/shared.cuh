@@ -18,12 +18,14 @@
 
 namespace hisa::cuda::sm90 {
 
-template <ElementType kType_, int kHeads_, int kDim, int kGroup_, bool kPairs_ = false>
+template <ElementType kType_, int kHeads_, int kDim, int kGroup_, bool kPairs_ = false,
+          bool kPages_ = false>
 struct Config {
   static constexpr ElementType kType = kType_;
   static constexpr int kHeads = kHeads_;
   static constexpr int kGroup = kGroup_;
   static constexpr bool kPairs = kPairs_;  // of rows, with blocks of their own
+  static constexpr bool kPages = kPages_;  // keys lie in pages
   static constexpr int kColumns = kHeads * kGroup;  // of a product
   static constexpr bool kWide = has_wide_products(kColumns, kHeads, kType);
   static constexpr int kElement = static_cast<int>(element_size(kType));
