@@ -19,6 +19,7 @@ from .module import HierarchicalIndexer
 from .ops import flat_index, index, pool_keys
 from .paged import paged_index, paged_pool
 from .planning import Plan, plan
+from .pooled import PooledKeys
 from .quantize import quantize_fp8
 from .windows import causal_windows
 
@@ -34,6 +35,7 @@ __all__ = [
     "HierarchicalIndexer",
     "PatchHandle",
     "Plan",
+    "PooledKeys",
     "Recommendation",
     "__version__",
     "build_info",

@@ -24,6 +24,7 @@ from .checking import (
     wants_check,
 )
 from .contract import check_contract, check_mask, check_numbers
+from .pooled import PooledKeys, kept_pair
 
 Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -109,7 +110,7 @@ def index(
     ks: Tensor | None = ...,
     ke: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
-    pooled: Pooled | None = ...,
+    pooled: Pooled | PooledKeys | None = ...,
     block_size: int = ...,
     block_topk: int = ...,
     topk: int = ...,
@@ -128,7 +129,7 @@ def index(
     ks: Tensor | None = ...,
     ke: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
-    pooled: Pooled | None = ...,
+    pooled: Pooled | PooledKeys | None = ...,
     block_size: int = ...,
     block_topk: int = ...,
     topk: int = ...,
@@ -146,7 +147,7 @@ def index(
     ks: Tensor | None = None,
     ke: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    pooled: Pooled | None = None,
+    pooled: Pooled | PooledKeys | None = None,
     block_size: int = 128,
     block_topk: int = 64,
     topk: int = 2048,
@@ -174,7 +175,8 @@ def index(
         cu_seqlens_k: `[S + 1]` int32, first token of each packed sequence, then N: blocks tile each
             sequence from its own start. A window lies inside the sequence that holds its first
             token; what reaches beyond is cut off. Absent means one sequence.
-        pooled: what `pool_keys` returns for these keys, to save computing it again.
+        pooled: what `pool_keys` returns for these keys, to save computing it again; or the
+            `PooledKeys` of which k is `keys` and k_scale is `k_scale`.
         block_size: tokens per block: 8, 16, 32, 64, 128 or 256.
         block_topk: blocks kept per row, at least 2.
         topk: tokens selected per row, 1 to `block_topk * block_size`.
@@ -196,6 +198,8 @@ def index(
     `hisa.reference.index`.
     """
     _extension.require()
+    if isinstance(pooled, PooledKeys):
+        pooled = kept_pair(pooled, k, k_scale, cu_seqlens_k, block_size)
     check_index_types(
         q,
         k,
