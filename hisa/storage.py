@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checking import NUMBER, check_types
+from .transfer import upload
 
 MOST_KEYS = 2**31 - 1  # in all slots: windows are int32
 
@@ -131,9 +132,7 @@ class Storage:
 
     def upload(self, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Bring numbers to the device of the keys, without waiting for it."""
-        device = self._like.device
-        on_host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-        return on_host.to(device, non_blocking=True)
+        return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), self._like.device)
 
     def _allocate(self, slots: int, tokens: int) -> Slots:
         blocks, dim = -(-tokens // self._block_size), self._like.shape[-1]

@@ -20,6 +20,7 @@ from hisa.agreement import Comparison, Setting
 from hisa.agreement.comparing import Selection, find_lowest, rows_at_a_time, select_flat
 from hisa.agreement.measures import Measures, measure
 from hisa.module import Index
+from hisa.transfer import upload
 
 from .settings import Settings
 
@@ -73,7 +74,7 @@ class LayerAudit:
             return cast(Tensor, index(q, k, weights, **options))
         chosen = cast(Selection, index(q, k, weights, **options, return_scores=True))
         topk: int = options["topk"]
-        for at in _upload(drawn, q.device).split(rows_at_a_time(topk)):
+        for at in upload(drawn, q.device).split(rows_at_a_time(topk)):
             windows = {name: options[name][at] for name in ("ks", "ke")}
             row = {"k_scale": options["k_scale"], **windows}
             flat = select_flat(q[at], k, weights[at], row, topk)
@@ -105,11 +106,6 @@ class LayerAudit:
         with self._lock:
             kept = torch.cat([self._kept.to(found.device), found], dim=1)
             while kept.shape[1] > MOST_ROWS:
-                kept = kept[:, _upload(self._draw(kept.shape[1], 0.5), kept.device)]
+                kept = kept[:, upload(self._draw(kept.shape[1], 0.5), kept.device)]
                 self._share /= 2
             self._kept = kept
-
-
-def _upload(rows: Tensor, device: torch.device) -> Tensor:
-    """Bring row numbers to a device, without waiting for it."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
