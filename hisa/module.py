@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ Projection = Callable[..., Tensor]
 Rows = Callable[[slice], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
 Finish = Callable[[Tensor, slice], Tensor]  # indices [B * r, k], rows -> what is returned for them
 Index = Callable[..., Tensor]  # the arguments and the result of `hisa.index`
+
+
+class Keys(NamedTuple):
+    """All keys of a batch, as `hisa.index` takes them."""
+
+    k: Tensor  # [B * N, D]
+    k_scale: Tensor | None  # [B * N] fp32
+    pooled: tuple[Tensor, Tensor] | None
+
+
+Prepare = Callable[[Tensor, torch.dtype], Keys]  # keys [B, N, D], and in which dtype to score them
 
 
 class HierarchicalIndexer(nn.Module):
@@ -243,8 +254,7 @@ class HierarchicalIndexer(nn.Module):
         *,
         step: int,
         finish: Finish,
-        prune: Callable[[], bool],
-        k_scale: Tensor | None = None,
+        prepare: Prepare,
         dtype: torch.dtype | None = None,
         topk: int | None = None,
         index: Index | None = None,
@@ -258,10 +268,7 @@ class HierarchicalIndexer(nn.Module):
             step: how many rows to project together.
             finish: makes of indices `[B * r, topk]` relative to `packed_ks`, and the rows they are
                 of, what is returned for them.
-            prune: says whether any row may see more blocks than are kept. The keys are then pooled
-                once for all rows. It is asked when the first rows are projected, so that a device
-                has work while it waits for the answer.
-            k_scale: `[B, N]` float32.
+            prepare: makes of the keys what all rows are scored with.
             dtype: in which to score, or to quantise from; absent, what holds queries and keys.
             topk: instead of the indexer's own.
             index: runs in place of `hisa.index`.
@@ -273,36 +280,27 @@ class HierarchicalIndexer(nn.Module):
         selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
         if selected.numel() == 0:
             return selected
-        settings, pooled = self.settings, None
-        options: dict[str, Any] = {}
+        settings, keys = self.settings, None
         for start in range(0, length, step):
             rows = slice(start, start + step)
             queries, weights = project(rows)
             dtype = dtype or scoring_dtype(queries.dtype, k.dtype)
-            if start == 0:  # the first queries say in which dtype the keys are scored
-                k, divisor = to_precision(settings, k.flatten(0, 1), dtype)
-                if k_scale is not None:
-                    k_scale = k_scale.flatten()
-                    divisor = k_scale if divisor is None else k_scale * divisor
-                options = {
-                    "k_scale": divisor,
-                    "cu_seqlens_k": windows.cu_seqlens_k,
-                    "block_size": settings.block_size,
-                    "pooling": settings.pooling,
-                }
-                pooled = hisa.pool_keys(k, **options) if prune() else None
+            keys = keys or prepare(k, dtype)  # the first queries say in which dtype
             q, q_scale = to_precision(settings, queries.flatten(0, 1), dtype)
             weights = weights.flatten(0, 1).float()
             indices = (index or hisa.index)(
                 q,
-                k,
+                keys.k,
                 weights if q_scale is None else weights * q_scale,
+                k_scale=keys.k_scale,
                 ks=windows.packed_ks[:, rows].flatten(),
                 ke=windows.packed_ke[:, rows].flatten(),
-                pooled=pooled,
+                cu_seqlens_k=windows.cu_seqlens_k,
+                pooled=keys.pooled,
+                block_size=settings.block_size,
                 block_topk=settings.block_topk,
                 topk=width,
-                **options,
+                pooling=settings.pooling,
             )
             selected[:, rows] = finish(indices, rows).view(batch, -1, width)
         return selected
@@ -338,16 +336,55 @@ class HierarchicalIndexer(nn.Module):
             return torch.where(indices >= 0, indices + start, -1)
 
         settings = self.settings
+        prune = windows.can_prune(settings.block_size, settings.block_topk)
         selected = self.select_rows(
             project,
             k if batched else k[None],
             windows,
             step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
             finish=positions,
-            prune=lambda: windows.can_prune(settings.block_size, settings.block_topk),
-            k_scale=k_scale if batched or k_scale is None else k_scale[None],
+            prepare=lambda k, dtype: prepare_keys(
+                settings, k, dtype, windows, prune=prune, k_scale=k_scale
+            ),
         )
         return selected if batched else selected[0]
+
+
+def prepare_keys(
+    settings: Settings,
+    k: Tensor,
+    dtype: torch.dtype,
+    windows: Windows,
+    *,
+    prune: bool,
+    k_scale: Tensor | None = None,
+) -> Keys:
+    """Bring keys to the dtype that scores them, and pool them if any row sees more than is kept.
+
+    Args:
+        k: `[B, N, D]`.
+        dtype: in which to score, or to quantise from.
+        windows: of all rows.
+        prune: whether any row may see more blocks than are kept.
+        k_scale: `[B, N]` or `[N]` float32.
+    """
+    k, divisor = to_precision(settings, k.flatten(0, 1), dtype)
+    if k_scale is not None:
+        k_scale = k_scale.flatten()
+        divisor = k_scale if divisor is None else k_scale * divisor
+    keys = Keys(k, divisor, None)
+    return keys._replace(pooled=pool(settings, keys, windows.cu_seqlens_k)) if prune else keys
+
+
+def pool(settings: Settings, keys: Keys, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pool keys as the settings say."""
+    return hisa.pool_keys(
+        keys.k,
+        k_scale=keys.k_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        block_size=settings.block_size,
+        pooling=settings.pooling,
+    )
 
 
 def rows_per_chunk(row_bytes: int, chunk_bytes: int) -> int:

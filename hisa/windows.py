@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .checking import check_types
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Windows:
     packed_ks: Tensor  # [B, S] int32
     packed_ke: Tensor  # [B, S] int32
     cu_seqlens_k: Tensor  # [segments + 1] int32
-    _pruned: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # for all layers
 
     def can_prune(self, block_size: int, block_topk: int) -> bool:
         """Say whether a window is long enough for a block to be skipped, wherever it begins."""
@@ -35,15 +39,41 @@ class Windows:
         """Count the rows whose window meets more blocks than are kept."""
         if not self.can_prune(block_size, block_topk):
             return 0
-        key = (block_size, block_topk)
-        if key not in self._pruned:
+
+        def count() -> int:
             starts = self.cu_seqlens_k[:-1]
             segment = torch.searchsorted(starts, self.packed_ks, right=True) - 1
             origin = starts[segment]
             first = (self.packed_ks - origin).div(block_size, rounding_mode="floor")
             last = (self.packed_ke - 1 - origin).div(block_size, rounding_mode="floor")
-            self._pruned[key] = int((last - first >= block_topk).sum())
-        return self._pruned[key]
+            return int((last - first >= block_topk).sum())
+
+        return self.once(("pruned rows", block_size, block_topk), count)
+
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """Say where the segments of each batch entry begin, in its own keys.
+
+        Waits for the device, unless each entry is one segment.
+        """
+
+        def find() -> tuple[tuple[int, ...], ...]:
+            entries = len(self.ks)
+            if len(self.cu_seqlens_k) == entries + 1:  # each entry's first key begins one
+                return ((0,),) * entries
+            edges = self.cu_seqlens_k[:-1].tolist()
+            return tuple(
+                tuple(edge - entry * self.keys for edge in edges if edge // self.keys == entry)
+                for entry in range(entries)
+            )
+
+        return self.once("starts", find)
+
+    def once(self, name: Hashable, find: Callable[[], Found]) -> Found:
+        """Return what `find` returns when the first layer asks for it."""
+        if name not in self._found:
+            self._found[name] = find()
+        found: Found = self._found[name]
+        return found
 
 
 def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:

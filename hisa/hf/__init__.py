@@ -4,6 +4,8 @@
     settings.py  the options of a patch, checked once
     masks.py     attention masks -> one range of keys per query, once per model forward
     indexer.py   the patched forward: project, select with a `HierarchicalIndexer`, complete
+    evidence.py  which keys of a cache are those that an earlier call left there
+    kept.py      pooled and quantised keys of these, kept beside the cache
     audit.py     runs flat for a share of the rows too, and keeps how well the two agree
     slots.py     where a forward is put on a module, and how it is taken off again
     patching.py  patch() and the handle it returns

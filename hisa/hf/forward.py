@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .audit import LayerAudit
 from .exact import LayerExact
 from .indexer import select
+from .kept import KeptKeys
 from .masks import WindowCache, Windows
 from .models import IndexerSpec
 from .settings import Settings
@@ -68,6 +69,7 @@ class PatchedForward(Replacement):
         "_rows",
         "audit",
         "exact",
+        "kept",
         "layer",
         "name",
         "shared",
@@ -91,6 +93,7 @@ class PatchedForward(Replacement):
         self.shared = shared
         self.exact = exact
         self.audit = audit
+        self.kept = KeptKeys(shared.settings)
         self._calls = self._rows = self._pruned_rows = 0
         self._fallbacks: Counter[str] = Counter()
 
@@ -134,11 +137,16 @@ class PatchedForward(Replacement):
             position_embeddings,
             cache,
             self.audit or self.exact,
+            self.kept,
         )
         self._count(found, batch * queries)
         if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt
             shared.warn_if_never_pruned()
         return selected
+
+    def clear(self) -> None:
+        """Forget what is kept beside caches."""
+        self.kept.clear()
 
     def _count(self, windows: Windows, rows: int) -> None:
         settings = self.shared.settings
@@ -170,4 +178,5 @@ class PatchedForward(Replacement):
                 pruned_rows=self._pruned_rows,
                 fallbacks=dict(self._fallbacks),
                 escalated_rows=None if self.exact is None else self.exact.escalated(),
+                reused=self.kept.reused,
             )

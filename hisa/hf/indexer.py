@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 
 from hisa.around import complete
-from hisa.module import CHUNK_BYTES, CUDA_CHUNK_BYTES, HierarchicalIndexer, Index, rows_per_chunk
+from hisa.module import (
+    CHUNK_BYTES,
+    CUDA_CHUNK_BYTES,
+    HierarchicalIndexer,
+    Index,
+    prepare_keys,
+    rows_per_chunk,
+)
 from hisa.quantize import scoring_dtype
 from hisa.windows import Windows
 
+from .kept import KeptKeys, Prepare
 from .models import IndexerSpec
 from .rotation import Angles, Indexer, rotate
 from .settings import Settings
@@ -37,18 +45,20 @@ def select(
     position_embeddings: Angles,
     cache: Any | None,
     index: Index | None = None,
+    kept: KeptKeys | None = None,
 ) -> Tensor:
     """Return the selected positions of every query, [B, S, min(topk, T)] int32.
 
-    An `index` runs in place of `hisa.index`.
+    An `index` runs in place of `hisa.index`. `kept` is from earlier calls of the same indexer.
 
     Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
     batch = hidden_states.shape[0]
     k = project_keys(module, spec, hidden_states, position_embeddings, q_resid)
+    prepare: Prepare = functools.partial(prepare_keys, settings)
     if cache is not None:
-        k = cache.update_indexer(k, module.layer_idx)
+        k, prepare = (kept or KeptKeys(settings)).append(cache, module.layer_idx, k)
     if k.shape[:2] != (batch, windows.keys):
         raise ValueError(
             f"attention_mask: expected one column for each of the {k.shape[1]} keys, "
@@ -67,6 +77,9 @@ def select(
         ks, ke = windows.ks[:, rows].flatten(), windows.ke[:, rows].flatten()
         return complete(indices, ks, ke, keys=windows.keys)
 
+    def prunes() -> bool:  # asked when the first rows are projected, since the answer takes a while
+        return windows.pruned_rows(settings.block_size, settings.block_topk) > 0
+
     dtype = scoring_dtype(q_resid.dtype, k.dtype)
     row_bytes = batch * module.n_heads * module.head_dim * dtype.itemsize
     return hierarchical(settings, topk).select_rows(
@@ -75,7 +88,7 @@ def select(
         windows,
         step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
         finish=finish,
-        prune=lambda: windows.pruned_rows(settings.block_size, settings.block_topk) > 0,
+        prepare=lambda k, dtype: prepare(k, dtype, windows, prune=prunes()),
         dtype=dtype,
         topk=width,
         index=index,

@@ -117,6 +117,14 @@ def patch(
     Under a sliding-window mask, which no supported model has, a token generated alone and the same
     token in a longer prefill can get different selections, since their blocks begin elsewhere.
 
+    Beside a layer of transformers' own caches a patched indexer keeps the pooled keys, and with
+    "fp8" the quantised ones, so that a step prepares only what is new. It looks at whether the
+    cache still has the keys of before; where that is not certain, it prepares all of them again,
+    as it does in inference mode and with `hadamard`. Selections are the same either way. Keys that
+    are changed through `.data` or by NumPy go unnoticed, as torch does not notice that either; then
+    patch again. This takes 1 / block_size of the memory of the cached keys, with "fp8" another byte
+    for each of their values, and goes when the cache or the patch goes.
+
     Only the given instances change. Patching again replaces the settings; `remove()` then restores
     the true originals. state_dict, `save_pretrained`, pickling and deepcopy see an unpatched model.
     A compiled model breaks its graph at each patched indexer.

@@ -51,6 +51,9 @@ class Replacement:
         """Call the module's own forward."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def clear(self) -> None:
+        """Forget what was kept for later calls; there will be none."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward."""
         raise NotImplementedError
@@ -93,6 +96,7 @@ def uninstall(replacement: Replacement) -> None:
     if module is None or not replacement.installed:
         return
     replacement.installed = False
+    replacement.clear()
     # A hook may have come or gone since, and moved the replacement to the other slot.
     slot = next((s for s in (HOOKED, PLAIN) if vars(module).get(s) is replacement), None)
     if slot is None:

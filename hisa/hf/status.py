@@ -20,6 +20,7 @@ class LayerStatus:
     pruned_rows: int = 0  # of these, the ones that saw more blocks than are kept
     fallbacks: Mapping[str, int] | None = None  # calls left to the model's own indexer, by reason
     escalated_rows: int | None = None  # pruned rows that flat answered; None: not patched as exact
+    reused: int = 0  # calls that prepared new keys only, beside what is kept of earlier calls
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Status:
 
     def __str__(self) -> str:
         exact = any(layer.escalated_rows is not None for layer in self.layers)
-        names = ("calls", "rows", "pruned", *(["escalated"] if exact else []))
+        names = ("calls", "rows", "pruned", "reused", *(["escalated"] if exact else []))
         table: list[tuple[str, ...]] = [("layer", "state", *names, "fallbacks")]
         for layer in self.layers:
             reasons = (f"{count} x {why}" for why, count in (layer.fallbacks or {}).items())
-            counts = [layer.calls, layer.rows, layer.pruned_rows]
+            counts = [layer.calls, layer.rows, layer.pruned_rows, layer.reused]
             if exact:
                 counts.append(layer.escalated_rows or 0)
             table.append((layer.name, layer.state, *map(str, counts), ", ".join(reasons) or "-"))

@@ -1,0 +1,433 @@
+"""T18: what a patch keeps beside a cache has the bytes of preparing all keys again.
+
+The caches are transformers' own; what is done to them, in any order, is what transformers and its
+users do, and what nobody should. Catches keys taken for those of an earlier call when they are not,
+blocks that are not pooled again, or are at the wrong place, and memory that outlives a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hisa
+from hisa.hf.kept import KeptKeys
+from hisa.hf.masks import Windows, scan
+from hisa.hf.settings import Settings
+from hisa.module import Keys, prepare_keys
+from tests.case import same_bytes
+from tests.hf.models import here
+
+transformers: Any = pytest.importorskip("transformers")
+
+ON_CUDA = True
+D, ROOM = 16, 160
+SETTINGS = {
+    "model": Settings(block_size=8, block_topk=3, topk=12),
+    "max": Settings(block_size=16, block_topk=2, topk=12, pooling="max"),
+    "fp8": Settings(block_size=8, block_topk=3, topk=12, precision="fp8"),
+    "fp8, power of two": Settings(8, 3, 12, precision="fp8", power_of_two=True),
+    "hadamard": Settings(8, 3, 12, precision="fp8", hadamard=True),
+}
+
+
+def make_cache(kind: str) -> Any:
+    config = transformers.DeepseekV32Config(num_hidden_layers=1, mlp_layer_types=["dense"])
+    if kind == "dynamic":
+        return transformers.DynamicCache(config=config)
+    return transformers.StaticCache(config=config, max_cache_len=ROOM)
+
+
+def windows(rows: int, used: int, keys: int, starts: list[list[int]]) -> Windows:
+    """The last rows of `used` tokens, where segments begin at `starts` in each entry."""
+    position, mask = torch.arange(keys), torch.zeros(len(starts), rows, keys, dtype=torch.bool)
+    for entry, row in itertools.product(range(len(starts)), range(rows)):
+        last = used - rows + row
+        begin = max((start for start in starts[entry] if start <= last), default=0)
+        if starts[entry][0] <= last:
+            mask[entry, row] = (position >= begin) & (position <= last)
+    found = scan(mask, len(starts), rows)
+    assert isinstance(found, Windows)
+    return found
+
+
+def blocks(keys: int, starts: tuple[tuple[int, ...], ...], size: int) -> list[int]:
+    """Return the slots of complete blocks, counted token by token."""
+    edges = [entry * keys + start for entry, some in enumerate(starts) for start in some]
+    slots = []
+    for first in range(0, len(starts) * keys, 1):
+        begin = max(edge for edge in edges if edge <= first)
+        end = min([edge for edge in edges if edge > first], default=len(starts) * keys)
+        if (first - begin) % size == 0 and first + size <= end:
+            slots.append(-(-first // size))
+    return slots
+
+
+def assert_same_keys(got: Keys, expected: Keys, slots: list[int]) -> None:
+    assert same_bytes(got.k, expected.k)
+    assert (got.k_scale is None) == (expected.k_scale is None)
+    if got.k_scale is not None and expected.k_scale is not None:
+        assert same_bytes(got.k_scale, expected.k_scale)
+    assert (got.pooled is None) == (expected.pooled is None)
+    if got.pooled is not None and expected.pooled is not None:
+        for a, b in zip(got.pooled, expected.pooled, strict=True):
+            assert a.shape == b.shape and same_bytes(a[slots], b[slots])
+
+
+class Chat:
+    """A cache with one layer, what is kept beside it, and what may happen to it."""
+
+    def __init__(self, seed: int, kind: str, settings: Settings) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.random = torch.Generator().manual_seed(seed)
+        self.kind, self.settings, self.kept = kind, settings, KeptKeys(settings)
+        self.dtype = torch.bfloat16 if seed % 2 else torch.float32
+        self.begin()
+
+    def begin(self) -> None:
+        """A new cache, of another batch, with other padding."""
+        self.cache, self.used = make_cache(self.kind), 0
+        self.pads = [int(n) for n in self.rng.choice([0, 0, 3, 8, 17], self.rng.integers(1, 4))]
+
+    @property
+    def layer(self) -> Any:
+        return self.cache.layers[0]
+
+    def states(self, count: int) -> Tensor:
+        shape = (len(self.pads), count, D)
+        made: Tensor = here(torch.randn(shape, generator=self.random, device="cpu"))
+        return made.to(self.dtype)
+
+    def append(self, count: int = 0) -> None:
+        """A call of the patched indexer; what it prepares is what preparing all gives."""
+        count = count or int(self.rng.choice([1, 1, 1, 2, 7, 8, 30]))
+        if self.used + count > ROOM:
+            return self.begin()
+        k, prepare = self.kept.append(self.cache, 0, self.states(count))
+        self.used += count
+        starts = [[pad] for pad in self.pads]
+        if self.rng.random() < 0.1:  # two documents, of which only the last goes on
+            starts = [[pad, max(pad, self.used - 9)] for pad in self.pads]
+        found = windows(count, self.used, k.shape[1], starts)
+        dtype = torch.float32 if self.rng.random() < 0.1 else self.dtype
+        prune = bool(self.rng.random() < 0.9)
+        expected = prepare_keys(self.settings, k.clone(), dtype, found, prune=prune)
+        slots = blocks(k.shape[1], found.starts(), self.settings.block_size)
+        assert_same_keys(prepare(k, dtype, found, prune=prune), expected, slots)
+        return None
+
+    def other_append(self) -> None:
+        """Somebody else's call: an unpatched model with the same cache."""
+        if self.used < ROOM:
+            self.cache.update_indexer(self.states(1), 0)
+            self.used += 1
+
+    def crop(self) -> None:
+        """What the layer's own `crop` does to the indexer's keys; it needs the attention's too."""
+        count = int(self.rng.integers(1, 2 + self.used // 2))
+        if self.kind == "static":
+            self.layer.indexer_cumulative_length.sub_(count)
+        else:
+            self.layer.indexer_keys = self.layer.indexer_keys[:, :-count, :]
+        self.used -= count
+
+    def rows(self, indices: list[int]) -> Tensor:
+        self.pads = [self.pads[i] for i in indices]
+        made: Tensor = here(torch.tensor(indices, device="cpu"))
+        return made
+
+    def reorder(self) -> None:
+        order = [int(i) for i in self.rng.integers(0, len(self.pads), len(self.pads))]
+        self.layer.indexer_keys = self.layer.indexer_keys.index_select(0, self.rows(order))
+
+    def repeat(self) -> None:
+        if self.kind == "dynamic" and len(self.pads) < 3:
+            self.layer.indexer_keys = self.layer.indexer_keys.repeat_interleave(2, dim=0)
+            self.rows([i for i in range(len(self.pads)) for _ in range(2)])
+
+    def select(self) -> None:
+        if self.kind == "dynamic" and len(self.pads) > 1:
+            self.layer.indexer_keys = self.layer.indexer_keys[self.rows([len(self.pads) - 1])]
+
+    def write(self) -> None:
+        """In place, by somebody else."""
+        keys = self.layer.indexer_keys
+        token = int(self.rng.integers(0, max(1, self.used)))
+        (keys if self.rng.random() < 0.5 else keys[:, token:])[:, :1] += 1
+
+    def swap(self) -> None:
+        """An equal tensor of another's making, with other bytes in it."""
+        self.layer.indexer_keys = self.layer.indexer_keys.clone()
+        self.layer.indexer_keys.data[:, : max(1, self.used // 2)] += 1
+
+    def restore(self) -> None:
+        ways: list[Callable[[Any], Any]] = [
+            copy.deepcopy,
+            lambda cache: pickle.loads(pickle.dumps(cache)),
+        ]
+        self.cache = ways[self.rng.integers(2)](self.cache)
+
+    def restore_into_the_layer(self) -> None:
+        """Go back to a state of before, as contrastive search does."""
+        state = dict(vars(self.layer))
+        if self.kind == "static":
+            state = {n: v.clone() if isinstance(v, Tensor) else v for n, v in state.items()}
+        used = self.used
+        for _ in range(3):
+            self.append(1)
+            if self.used < used:  # it began anew
+                return
+        vars(self.layer).update(state)
+        self.used = used
+
+    def reset(self) -> None:
+        self.begin() if self.kind == "dynamic" else self.layer.reset()
+        self.used = 0
+
+    def run(self, steps: int) -> None:
+        rest = [self.other_append, self.reorder, self.repeat, self.select, self.write, self.swap]
+        rest += [self.restore, self.restore_into_the_layer, self.reset, self.begin]
+        often = [self.append] * 60 + [self.crop] * 10
+        for _ in range(steps):
+            if self.layer.indexer_keys is None or self.used < 20:
+                self.append(30)
+            (often + rest)[self.rng.integers(len(often) + len(rest))]()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("seeds", [2, pytest.param(40, marks=pytest.mark.long)])
+def test_random_histories(kind: str, settings: str, seeds: int) -> None:
+    for seed in range(seeds):
+        chat = Chat(seed, kind, SETTINGS[settings])
+        chat.run(250)
+        assert (chat.kept.reused > 50) == (settings != "hadamard")
+
+
+def step(chat: Chat, count: int = 1) -> None:
+    """A call like the others, with the padding that there is."""
+    k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
+    chat.used += count
+    found = windows(count, chat.used, k.shape[1], [[pad] for pad in chat.pads])
+    expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
+    slots = blocks(k.shape[1], found.starts(), chat.settings.block_size)
+    assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
+
+
+@pytest.fixture(params=["dynamic", "static"])
+def chat(request: pytest.FixtureRequest) -> Chat:
+    """One in which the next step takes up what is kept."""
+    chat = Chat(0, request.param, SETTINGS["fp8"])
+    chat.pads, chat.dtype = [0, 3], torch.float32
+    for count in (60, 1, 1):
+        step(chat, count)
+    assert chat.kept.reused == 2
+    return chat
+
+
+def test_a_crop_keeps_what_is_left(chat: Chat) -> None:
+    for count in (5, 1, 20):
+        chat.used -= count
+        if chat.kind == "static":
+            chat.layer.indexer_cumulative_length.sub_(count)
+        else:
+            chat.layer.indexer_keys = chat.layer.indexer_keys[:, :-count, :]
+        before = chat.kept.reused
+        step(chat, 3)
+        assert chat.kept.reused == before + 1
+
+
+def test_only_blocks_with_new_tokens_are_pooled(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The completed ones; in a static cache, where all are complete, each that was written to."""
+    calls: list[int] = []
+    real = hisa.pool_keys
+
+    def pool_keys(k: Tensor, **options: Any) -> Any:
+        calls.append(len(k))
+        return real(k, **options)
+
+    monkeypatch.setattr(hisa, "pool_keys", pool_keys)
+    expected = []
+    for _ in range(20):
+        k, prepare = chat.kept.append(chat.cache, 0, chat.states(1))
+        chat.used += 1
+        found = windows(1, chat.used, k.shape[1], [[pad] for pad in chat.pads])
+        prepare(k, k.dtype, found, prune=True)
+        done = sum((chat.used - pad) % 8 == 0 for pad in chat.pads)
+        expected += [8 * (2 if chat.kind == "static" else done)]
+    assert calls == [count for count in expected if count]
+    assert sum(expected) == (320 if chat.kind == "static" else 8 * 5)
+
+
+def tampered(function: Callable[[Any], Any]) -> Callable[[Chat], None]:
+    return lambda chat: setattr(chat.layer, "indexer_keys", function(chat.layer.indexer_keys))
+
+
+def wrap_layer(chat: Chat) -> None:
+    update = chat.layer.update_indexer
+    chat.layer.update_indexer = lambda keys: update(keys).mul_(2)
+
+
+def wrap_cache(chat: Chat) -> None:
+    class Evicting(type(chat.cache)):  # type: ignore[misc]
+        def update_indexer(self, keys: Tensor, index: int) -> Tensor:
+            self.layers[index].indexer_keys = self.layers[index].indexer_keys.flip(1)
+            found: Tensor = super().update_indexer(keys, index)
+            return found
+
+    chat.cache.__class__ = Evicting
+
+
+def other_layer_class(chat: Chat) -> None:
+    class Doubling(type(chat.layer)):  # type: ignore[misc]
+        def update_indexer(self, keys: Tensor) -> Tensor:
+            found: Tensor = super().update_indexer(keys)
+            return found.mul_(2)
+
+    chat.layer.__class__ = Doubling
+
+
+def first_entry_alone(chat: Chat) -> None:
+    chat.pads = chat.pads[:1]
+    chat.layer.indexer_keys = chat.layer.indexer_keys[:1]
+
+
+def race(act: Callable[[Chat], Any]) -> Callable[[Chat], None]:
+    """What another thread does while we append, after we have looked at the cache."""
+
+    class Layers(list[Any]):
+        looks = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.looks += 1
+            if self.looks == 2:
+                act(self.chat)
+            return super().__getitem__(index)
+
+        chat: Chat
+
+    def begin(chat: Chat) -> None:
+        chat.cache.layers = Layers(chat.cache.layers)
+        chat.cache.layers.chat = chat
+
+    return begin
+
+
+DOUBTS: dict[str, Callable[[Chat], object]] = {
+    "written to": lambda chat: chat.layer.indexer_keys[:, 3].add_(1),
+    "written to through a view": lambda chat: chat.layer.indexer_keys[:, 9:].zero_(),
+    "zeroed": lambda chat: chat.layer.indexer_keys.zero_(),
+    "copied": tampered(lambda keys: keys.clone()),
+    "reordered": tampered(lambda keys: keys.index_select(0, torch.tensor([1, 0]))),
+    "flipped": tampered(lambda keys: keys.flip(1)),
+    "storage exchanged": lambda chat: setattr(
+        chat.layer.indexer_keys, "data", chat.layer.indexer_keys.flip(1)
+    ),
+    "first entry alone": first_entry_alone,
+    "other thread appends": race(lambda chat: chat.other_append()),
+    "other thread writes": race(lambda chat: chat.layer.indexer_keys.add_(1)),
+    "other model": lambda chat: chat.other_append(),
+    "deepcopy": lambda chat: setattr(chat, "cache", copy.deepcopy(chat.cache)),
+    "pickle": lambda chat: setattr(chat, "cache", pickle.loads(pickle.dumps(chat.cache))),
+    "layer that does more": wrap_layer,
+    "cache of a class of its own": wrap_cache,
+    "layer of a class of its own": other_layer_class,
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_in_doubt_all_keys_are_prepared_again(chat: Chat, doubt: str) -> None:
+    DOUBTS[doubt](chat)
+    step(chat)
+    assert chat.kept.reused == 2
+    if not doubt.startswith(("layer", "cache")):  # of which nothing is believed ever
+        step(chat)
+        assert chat.kept.reused == 3
+
+
+def test_inference_mode(chat: Chat) -> None:
+    """In which torch counts no changes: nothing is taken up, nor kept for later."""
+    with torch.inference_mode():
+        step(chat)
+        chat.layer.indexer_keys[:, 3] += 1
+        step(chat)
+    step(chat)
+    assert chat.kept.reused == 2
+    step(chat)
+    assert chat.kept.reused == 3
+    if chat.kind == "dynamic":  # torch does not write to such a tensor outside of that mode
+        with torch.inference_mode():
+            chat.layer.indexer_keys = chat.layer.indexer_keys.clone()
+        step(chat)
+        assert chat.kept.reused == 3
+
+
+def test_quantised_keys_are_kept_before_any_row_is_pruned(chat: Chat) -> None:
+    chat.begin()
+    chat.pads = [0]
+    for count in (9, 1, 1):
+        k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
+        chat.used += count
+        prepare(k, k.dtype, windows(count, chat.used, k.shape[1], [[0]]), prune=False)
+    assert chat.kept.reused == 4
+    step(chat)
+    assert chat.kept.reused == 5
+
+
+def test_layers_that_share_windows_but_not_a_past() -> None:
+    """What is found out about windows for one layer is not taken for another of other settings."""
+    chats = [Chat(0, "dynamic", SETTINGS[name]) for name in ("model", "max")]
+    for used, count in ((60, 60), (72, 12), (90, 18)):
+        found = windows(count, used, used, [[0], [3]])
+        for chat in chats:
+            chat.pads = [0, 3]
+            k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
+            expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
+            slots = blocks(used, found.starts(), chat.settings.block_size)
+            assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
+    assert [chat.kept.reused for chat in chats] == [2, 2]
+
+
+def test_a_call_that_fails_leaves_nothing_behind(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hisa, "pool_keys", fail)
+        with pytest.raises(MemoryError):
+            step(chat, 8)
+    step(chat)
+    assert chat.kept.reused == 2
+
+
+def test_memory_returns_with_the_cache(chat: Chat) -> None:
+    """What is kept lives as long as the layer, and keeps no tensor of the cache alive."""
+    (record,) = chat.kept._records.values()
+    assert record.k is not None and record.pooled is not None
+    parts = [weakref.ref(t) for t in (record.k, record.k_scale, *record.pooled, chat.layer)]
+    keys = weakref.ref(chat.layer.indexer_keys)
+    del record
+    gc.collect()
+    gc.disable()
+    try:
+        chat.layer.indexer_keys = None
+        assert keys() is None
+        del chat.cache
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
+    assert len(chat.kept._records) == 0
