@@ -1,0 +1,128 @@
+"""One decode step of DeepSeek-V3.2's indexer module, with its cache: as it is, and patched.
+
+The module appends a key to a cache of transformers and selects for one query. `nothing kept` is the
+patch when it finds a cache for the first time: it pools all keys, and quantises them for fp8.
+`projections and cache` is what every peer does besides: three products, and appending the key, for
+which a dynamic cache copies all of them. Hidden 7168, q_lora 1536, 16 heads, batch 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import hisa
+from benchmarks.harness import Bench
+from benchmarks.inputs import overlap
+
+OWN, REST = "Hugging Face", "projections and cache"
+HISA, HISA_FP8 = "patched", "patched, fp8"
+AGAIN = ", nothing kept"
+HIDDEN, Q_LORA, HEADS, DIM, TOPK, BLOCK_TOPK = 7168, 1536, 16, 128, 512, 16
+STEPS = 256  # for which a static cache has room
+
+
+class Decoder:
+    """An indexer whose cache is full of random keys, and its inputs for one token."""
+
+    def __init__(self, keys: int, dtype: torch.dtype, cache: str) -> None:
+        from transformers import DynamicCache, StaticCache
+        from transformers.models.deepseek_v32 import DeepseekV32Config
+        from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
+
+        torch.manual_seed(0)
+        config = DeepseekV32Config(
+            hidden_size=HIDDEN,
+            q_lora_rank=Q_LORA,
+            index_n_heads=HEADS,
+            index_head_dim=DIM,
+            index_topk=TOPK,
+            num_hidden_layers=1,
+            mlp_layer_types=["dense"],
+        )
+        self.indexer: Any = deepseek.DeepseekV32Indexer(config, 0).to(dtype).eval()
+        self.rotary = deepseek.DeepseekV32RotaryEmbedding(config)
+        self.states = torch.randn(1, 1, HIDDEN, dtype=dtype)
+        self.resid = torch.randn(1, 1, Q_LORA, dtype=dtype)
+        self.room = keys + STEPS if cache == "static" else 0
+        self.past: Any = (
+            StaticCache(config=config, max_cache_len=self.room)
+            if self.room
+            else DynamicCache(config=config)
+        )
+        self.length = keys
+        self.past.update_indexer(torch.randn(1, keys, DIM, dtype=dtype), 0)
+
+    def step(self) -> Tensor:
+        """Append a token and select for it."""
+        position = torch.full((1, 1), self.length)
+        self.length += 1
+        mask = torch.arange(self.room or self.length)[None, None] < self.length
+        turn = self.rotary(self.states, position)
+        found: Tensor = self.indexer(self.states, self.resid, turn, mask, position, self.past)
+        return found
+
+    @torch.no_grad()
+    def rest(self) -> tuple[Tensor, ...]:
+        """Append a token and project what selecting needs."""
+        indexer = self.indexer
+        key = indexer.wk(self.states)
+        return (
+            indexer.wq_b(self.resid),
+            indexer.weights_proj(self.states),
+            self.past.update_indexer(key, 0),
+        )
+
+
+def build(peer: str, *, keys: int, dtype: str, cache: str) -> Callable[[], object]:
+    """Return one peer's call: a step with one token more than the one before."""
+    decoder = Decoder(keys, getattr(torch, dtype), cache)
+    if peer == REST:
+        return decoder.rest
+    if peer != OWN:
+        precision = "fp8" if peer.startswith(HISA_FP8) else "model"
+        hisa.patch(decoder.indexer, block_topk=BLOCK_TOPK, precision=precision)
+    decoder.step()  # in generation there is one before
+    if not peer.endswith(AGAIN):
+        return decoder.step
+    forward = decoder.indexer.forward
+
+    def forget_and_step() -> Tensor:
+        forward.clear()
+        return decoder.step()
+
+    return forget_and_step
+
+
+def check_own(results: Mapping[str, object]) -> None:
+    """Raise if the peers differ by more than near-ties, at a length that the budget covers."""
+    own, ours = (cast(Tensor, results[peer])[0] for peer in (OWN, HISA))
+    share = overlap(own, ours)
+    if share < 0.999:
+        raise RuntimeError(f"the patched module has only {share:.2%} of the tokens of {OWN}")
+
+
+def check_kept(results: Mapping[str, object]) -> None:
+    """Raise if what is kept changes what is selected."""
+    for peer in (HISA, HISA_FP8):
+        if not torch.equal(*(cast(Tensor, results[name]) for name in (peer, peer + AGAIN))):
+            raise RuntimeError(f"{peer} selects other tokens than with nothing kept")
+
+
+def run(bench: Bench) -> None:
+    """Measure steps in both dtypes, with both caches."""
+    patched = [f"{peer}{how}" for peer in (HISA, HISA_FP8) for how in ("", AGAIN)]
+    for dtype in ("float32",) if bench.quick else ("float32", "bfloat16"):
+        for cache in ("dynamic", "static"):
+            shape = {"keys": 4096 if bench.quick else 32768, "dtype": dtype, "cache": cache}
+            covered = {**shape, "keys": (BLOCK_TOPK - 1) * 128}
+            bench.agree(build, (HISA, OWN), covered, check_own)
+            bench.agree(build, patched, shape, check_kept)
+            found = bench.measure(
+                build, (*patched, OWN, REST), shape, min_runs=15, max_runs=51, seconds=2.0
+            )
+            label = f"Hugging Face's time / patched time, {dtype}, {cache} cache"
+            bench.goal(label, found[OWN].median / found[HISA].median, at_least=4)
