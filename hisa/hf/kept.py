@@ -160,7 +160,9 @@ def plan_renewal(
     """
     keys, starts = windows.keys, windows.starts()
     slots, had_slots = (-(-len(starts) * length // block_size) for length in (keys, had))
-    source = torch.zeros(slots, dtype=torch.int64, device="cpu")
+    # In a static cache nothing moves, and the blocks behind the new keys stay too.
+    moved = slots != had_slots or (len(starts) > 1 and had != keys)
+    source = torch.zeros(slots, dtype=torch.int64, device="cpu") if moved else None
     fresh, tokens = [], []
     for entry, begins in enumerate(starts):
         for start, end in pairwise((*begins, keys)):
@@ -168,14 +170,13 @@ def plan_renewal(
             changed, past = (min(max(0, token - start), end - start) for token in (first, last))
             blocks = (end - start) // block_size
             low, high = changed // block_size, min(blocks, -(-past // block_size))
-            source[now : now + low] = torch.arange(before, before + low, device="cpu")
+            if source is not None:
+                source[now : now + low] = torch.arange(before, before + low, device="cpu")
             fresh += [now + block for block in range(low, high)]
             tokens += [entry * keys + start + block * block_size for block in range(low, high)]
-    # In a static cache nothing moves, and the blocks behind the new keys stay too.
-    moved = slots != had_slots or (len(starts) > 1 and had != keys)
     first_tokens = torch.tensor(tokens, dtype=torch.int64, device="cpu")[:, None]
     return Renewal(
-        upload(source, device) if moved else None,
+        None if source is None else upload(source, device),
         upload(torch.tensor(fresh, dtype=torch.int64, device="cpu"), device),
         upload((first_tokens + torch.arange(block_size, device="cpu")).flatten(), device),
     )
