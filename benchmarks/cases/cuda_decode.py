@@ -1,0 +1,171 @@
+"""hisa.paged_index and paged_pool on a GPU: decode steps over a paged cache, in CUDA graphs.
+
+fp8, 64 heads, D = 128, pages of 64 tokens in random order, DeepSeek-V3.2's setting: blocks of 128,
+64 of them kept, 2048 tokens selected. `flat` is paged_index with every block kept, which is exact;
+`append` is paged_pool after one token. A call is a replay of its graph, so no host time is in it.
+
+TileLang, whose pipeline has no pages, selects for one sequence of adjacent keys, not in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hisa
+from benchmarks import drift, report, tilelang_peer
+from benchmarks.cases import cuda_prefill
+from benchmarks.cases.cuda_prefill import TILELANG
+from benchmarks.harness import Bench
+
+DEVICE = "cuda"
+HISA, FLAT, APPEND = "hisa.paged_index", "flat", "append"
+HEADS, DIM, PAGE, BLOCK, BLOCK_TOPK, TOPK = 64, 128, 64, 128, 64, 2048
+KEY_BYTES = DIM + 4
+BANDWIDTH = 4.1e12  # bytes per second of an H200's memory, measured
+LIMIT = """
+What limits it: one block of threads takes a row through coarse and another through refine, so that
+a single row keeps two multiprocessors busy, and 128 rows one wave. A decode kernel that splits a
+row over multiprocessors is not done. Four launches per call: pooled keys gathered, coarse, refine,
+and none for positions (one more for places in pages)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One step; the fields are columns of the CSV file."""
+
+    batch: int
+    tokens: int
+    next_n: int
+
+    def __str__(self) -> str:
+        """Write it as the goals do."""
+        return f"batch {self.batch}, {self.tokens >> 10}K tokens, next_n {self.next_n}"
+
+
+GOALS = {  # microseconds
+    Shape(1, 1 << 17, 1): {HISA: 16},
+    Shape(1, 1 << 20, 1): {HISA: 22},
+    Shape(32, 1 << 17, 1): {HISA: 30},
+    Shape(128, 1 << 17, 2): {HISA: 130, APPEND: 4},
+}
+QUICK = Shape(2, 1 << 14, 1)
+
+
+@lru_cache(maxsize=1)
+def make_inputs(batch: int, tokens: int, next_n: int) -> dict[str, Any]:
+    """Return a full cache and queries, the same tensors for all peers."""
+    torch.manual_seed(0)
+    pages = batch * tokens // PAGE
+    cache = torch.empty(pages, PAGE * KEY_BYTES, dtype=torch.uint8, device=DEVICE)
+    for some in cache.split(4096):
+        keys = torch.randn(len(some), PAGE * DIM, device=DEVICE).to(torch.float8_e4m3fn)
+        some[:, : PAGE * DIM] = keys.view(torch.uint8)
+        some[:, PAGE * DIM :] = torch.rand(len(some), PAGE, device=DEVICE).view(torch.uint8)
+    where: dict[str, Any] = {
+        "block_table": torch.randperm(pages, device=DEVICE).int().view(batch, -1),
+        "seq_lens": torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE),
+    }
+    pooled = (
+        torch.zeros(pages, DIM, dtype=torch.float8_e4m3fn, device=DEVICE),
+        torch.zeros(pages, device=DEVICE),
+    )
+    hisa.paged_pool(cache, *pooled, new_tokens=None, **where)
+    rows = batch * next_n
+    q = torch.randn(rows, HEADS, DIM, device=DEVICE).to(torch.float8_e4m3fn)
+    weights = torch.randn(rows, HEADS, device=DEVICE)
+    return {"q": q, "pages": cache, "weights": weights, "pooled": pooled, "where": where}
+
+
+def build(
+    peer: str, *, tilelang: Path | None = None, batch: int, tokens: int, next_n: int
+) -> Callable[[], object]:
+    """Return one peer's call."""
+    if peer == TILELANG:
+        adjacent = drift.make_inputs(batch, tokens, HEADS, "random", "fp8")
+        return cuda_prefill.call(peer, adjacent, tilelang=tilelang)
+    inputs = make_inputs(batch, tokens, next_n)
+    q, pages, weights = (inputs[name] for name in ("q", "pages", "weights"))
+    pooled, where = inputs["pooled"], inputs["where"]
+    if peer == APPEND:
+        return captured(lambda: hisa.paged_pool(pages, *pooled, **where))
+    kept = BLOCK_TOPK if peer == HISA else tokens // BLOCK
+    options: dict[str, Any] = {
+        "pooled": pooled,
+        "next_n": next_n,
+        "block_topk": kept,
+        "topk": TOPK,
+        **where,
+    }
+    return captured(lambda: hisa.paged_index(q, pages, weights, **options))
+
+
+def captured(call: Callable[[], Tensor | None]) -> Callable[[], object]:
+    """Capture a call in a CUDA graph, and return its replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def bytes_read(shape: Shape) -> int:
+    """Return what one call reads: pooled keys of all blocks, keys of the kept ones."""
+    kept = min(BLOCK_TOPK * BLOCK, shape.tokens)
+    return shape.batch * KEY_BYTES * (shape.tokens // BLOCK + shape.next_n * kept)
+
+
+def run(bench: Bench) -> None:
+    """Measure every shape with its peers, then say what they are of memory's speed."""
+    bench.note_kernels((HEADS, torch.float8_e4m3fn))
+    found = {}
+    for shape in [QUICK] if bench.quick else list(GOALS):
+        peers = [HISA, FLAT, APPEND]
+        if shape.batch * shape.next_n == 1 and not bench.quick:
+            reason = tilelang_peer.obstacle(bench.tilelang)
+            if reason:
+                bench.skip(TILELANG, asdict(shape), reason)
+            else:
+                peers.append(TILELANG)
+        found[shape] = bench.measure(
+            partial(build, tilelang=bench.tilelang), peers, asdict(shape), memory=[HISA],
+            min_runs=20, max_runs=50, seconds=0.5,
+        )  # fmt: skip
+        make_inputs.cache_clear()
+        torch.cuda.empty_cache()
+    lines = [["", "median", "bytes read", "TB/s", f"of {BANDWIDTH / 1e12:g} TB/s", "flat / it"]]
+    for shape, measured in found.items():
+        ours, size = measured[HISA].median, bytes_read(shape)
+        lines.append(
+            [
+                str(shape),
+                report.time_text(ours),
+                report.bytes_text(size),
+                f"{size / ours / 1e12:.2f}",
+                f"{size / ours / BANDWIDTH:.0%}",
+                f"{measured[FLAT].median / ours:.1f}",
+            ]
+        )
+    bench.say()
+    bench.say(report.table([tuple(line) for line in lines]))
+    if not bench.quick:
+        bench.say(LIMIT)
+    for shape, goals in GOALS.items():
+        for peer, most in goals.items():
+            if shape in found:
+                reached = found[shape][peer].median * 1e6
+                bench.goal(f"us of {peer}, {shape}", reached, at_most=most)
