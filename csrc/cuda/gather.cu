@@ -74,8 +74,8 @@ __global__ __launch_bounds__(kCopyThreads) void pooled_kernel(
 }
 
 // A block of threads for each block of keys that a row keeps.
-__global__ __launch_bounds__(kCopyThreads) void tokens_kernel(
-    const __grid_constant__ PagedPart part) {
+__global__ __launch_bounds__(kCopyThreads,
+                             4) void tokens_kernel(const __grid_constant__ PagedPart part) {
   const PagedIndexParams& call = part.call;
   const PagedKeys& keys = call.keys;
   const int64_t next_n = call.windows.next_n;

@@ -189,7 +189,9 @@ def test_what_befalls_a_cache(pooling: Any, kind: str, monkeypatch: pytest.Monke
         assert torch.equal(counted(), first)
     taken, nothing = reused
     assert not any(nothing)
-    assert taken[0] == taken[1] - 1 > 3  # what was written to layer 0 is no matter to the others
+    # What was written to layer 0 is no matter to the others. Offloading layer 1 moves it, on a GPU.
+    moved = kind == "dynamic" and pooling.device.type == "cuda"
+    assert taken[0] == taken[1] - (not moved) > 3
 
 
 def test_two_models_and_one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
