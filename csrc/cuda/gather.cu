@@ -1,4 +1,4 @@
-// The kernels around the flat ones of a paged call: see paged.h.
+// The kernels around those that score, in a paged call: see paged.h.
 #include "paged.h"
 
 #include <algorithm>

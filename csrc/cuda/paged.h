@@ -29,16 +29,17 @@ inline constexpr int64_t kGathered = int64_t{256} << 20;  // bytes
 struct PagedPart {
   PagedIndexParams call;
   int64_t first, count;  // sequences
-  bool direct;           // the second half of what follows is not there, or the first
+  bool direct;           // keys are read where they lie
   int64_t kept;          // blocks of a row, at most
 
   char* pooled;          // [count, room / block_size, dim]
   float* pooled_scale;   // [count, room / block_size]
 
-  // Sequence i of the part has room from token i * room on.
+  // Direct: sequence i of the part has room from token i * room on.
   int32_t *row_start, *row_end;  // [rows], windows
   int32_t* edges;                // [count + 1], first tokens of sequences
 
+  // Else, of what is gathered:
   char* keys;            // [rows, kept, block_size, dim]
   float* scale;          // [rows, kept, block_size], null if keys have none
   int32_t* lengths;      // [count]
@@ -53,9 +54,8 @@ struct PagedPart {
   HISA_HOST_DEVICE bool prunes() const { return slots() > call.block_topk; }
 };
 
-// What each sequence of a call takes, and how many are taken at a time.
 struct PagedSizes {
-  int64_t sequences;
+  int64_t sequences;  // taken at a time
   int64_t workspace;  // bytes
 };
 PagedSizes size_paged(const PagedIndexParams& call, bool direct);
