@@ -203,9 +203,11 @@ def paged_index(
         ValueError: a shape, device, layout or number is not accepted. Ids and lengths are data and
             are not looked at; the environment variable HISA_CHECK=1 finds bad ones.
 
-    Cost: that of `hisa.index` with pooled keys: `hisa.plan(batch * next_n, W * page_size, H, D,
-    pooled=True)` gives operations and workspace. No sequence's keys are gathered anywhere. Source:
-    arXiv 2603.28458; defined by `hisa.reference_paged.paged_index`.
+    Cost: the operations of `hisa.index` with pooled keys, as `hisa.plan(batch * next_n,
+    W * page_size, H, D, pooled=True)` gives them, and on a CPU its workspace: no keys are gathered.
+    On a GPU pooled keys are, and where `hisa.plan` names no kernel "wgmma" the kept blocks' keys as
+    well: for as many sequences at a time as fit into 256 MiB, at least one. Source: arXiv
+    2603.28458; defined by `hisa.reference_paged.paged_index`.
     """
     module = _extension.require()
     check_types(Tensor, q=q, pages=pages, weights=weights)

@@ -4,32 +4,13 @@
 #include <limits>
 #include <utility>
 
+#include "../carver.h"
 #include "keys.h"
 
 namespace hisa::cpu {
 namespace {
 
-constexpr int64_t kAlignment = 64;  // bytes: a cache line
-
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Hands out consecutive aligned pieces of a buffer; with a null base it only measures.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t n) {
-    auto* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += aligned(n * static_cast<int64_t>(sizeof(T)));
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  std::byte* base_;
-  int64_t used_ = 0;
-};
+using LineCarver = Carver<64>;  // a cache line
 
 struct Pieces {
   float* query;
@@ -38,7 +19,7 @@ struct Pieces {
   uint64_t* selector_keys;
   int64_t* blocks;
 
-  Pieces(const GroupSizes& sizes, Carver& carver)
+  Pieces(const GroupSizes& sizes, LineCarver& carver)
       : query(carver.take<float>(sizes.rows * sizes.heads * sizes.dim)),
         packed(carver.take<float>(kTileKeys * sizes.dim)),
         scores(carver.take<float>(kTileKeys)),
@@ -53,14 +34,14 @@ Row find_row(const Windows& windows, const Keys& keys, int64_t m) {
 }  // namespace
 
 int64_t GroupSizes::bytes() const {
-  Carver carver(nullptr);
+  LineCarver carver(nullptr);
   const Pieces pieces(*this, carver);
   return carver.used();
 }
 
 Group::Group(const GroupSizes& sizes, std::byte* memory, InterruptPoll& poll)
     : sizes_(sizes), kernels_(kernels()), poll_(poll) {
-  Carver carver(memory);
+  LineCarver carver(memory);
   const Pieces pieces(sizes, carver);
   query_ = pieces.query;
   packed_ = pieces.packed;

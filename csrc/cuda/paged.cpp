@@ -3,28 +3,13 @@
 #include <algorithm>
 #include <bit>
 
+#include "../carver.h"
+
 namespace hisa::cuda {
 
 namespace {
 
-// Hands out consecutive pieces of a workspace; with a null base it only measures.
-class Pieces {
- public:
-  explicit Pieces(char* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t n) {
-    constexpr int64_t kAlignment = 256;
-    char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
+using Pieces = Carver<256>;  // as the allocator and the copy engine like it
 
 PagedPart lay_out(const PagedIndexParams& call, bool direct, int64_t first, int64_t count,
                   Pieces& pieces) {
@@ -94,7 +79,7 @@ PagedSizes size_paged(const PagedIndexParams& call, bool direct) {
 }
 
 PagedPart make_part(const PagedIndexParams& call, bool direct, int64_t first, char* workspace) {
-  Pieces pieces(workspace);
+  Pieces pieces(reinterpret_cast<std::byte*>(workspace));
   const int64_t left = call.keys.table.sequences - first;
   return lay_out(call, direct, first, std::min(size_paged(call, direct).sequences, left), pieces);
 }
