@@ -27,11 +27,13 @@ AGAIN = ", nothing kept"
 HEADS, DIM, TOPK, BLOCK_TOPK = 16, 128, 512, 16
 LIMIT = """
 What limits the gain in one step of one layer at 32K tokens: selecting takes 0.3 ms of it. The rest
-is what every peer does, in a dynamic cache above all the copy of all keys, and with projections of
-full size the reading of their weights; and on a CPU about 1.3 ms of small operations, for which the
-length does not matter: those that find windows in the mask (once per forward of a model, here once
-per step), rotate one query and one key, and make positions of what was selected. Pooling was no
-large part of a step in float32 and bfloat16 to begin with; quantising was most of it in fp8."""
+is what every peer does, with projections of full size the reading of their weights, and in a
+dynamic cache the copy of all keys, which takes 2 ms or 7, as the allocator has memory for it at
+hand or gets fresh pages: in float32 with full projections a step without it takes 2.4 ms by torch's
+profiler, and 5 to 14 with it. On a CPU about 1 ms goes into small operations, for which the length
+does not matter: those that find windows in the mask (once per forward of a model, here once per
+step) and those around two products. Pooling was no large part of a step in float32 and bfloat16 to
+begin with; quantising was most of it in fp8."""
 STEPS = 256  # for which a static cache has room
 
 
