@@ -15,7 +15,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
 PREFILLS = ("cuda_hopper", "cuda_prefill")
-CUDA_CASES = ("cuda_module", *PREFILLS)
+CUDA_CASES = ("cuda_module", "cuda_decode", *PREFILLS)
 PEERS = ("hisa.index", "TileLang", "DeepGEMM + torch.topk", "torch in chunks", "hisa.flat_index")
 OURS = {"hisa.index", "hisa.flat_index"}
 NOTE = """\
@@ -23,7 +23,8 @@ On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_
 `block_size` 128; the module in bfloat16, hidden 7168. Medians, and what multiple of the time of
 `hisa.index` they are; memory beyond the inputs. Random: queries are independent, the worst case.
 Text: they drift, so that neighbours share three of four kept blocks or more. Portable: the kernels
-that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`."""
+that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`. Decode: 64 heads, in a CUDA
+graph, but for TileLang, which takes adjacent keys."""
 PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
 HEADER = ("", "hisa", "compared with", "gain", "case")
 
@@ -38,7 +39,7 @@ def summary(results: Path) -> str:
 def cuda_summary(results: Path) -> str:
     """Return the tables of what was measured on a GPU, and the plot where there is one."""
     prefills = prefill_rows(results)
-    modules = report.table([HEADER, *cuda_module_rows(results)])
+    modules = report.table([HEADER, *cuda_module_rows(results), *decode_rows(results)])
     found = f"{modules}\n\n{report.table(prefills)}\n\n{NOTE}\n{origin(results, CUDA_CASES)}"
     return f"{found}\n\n{PLOT}" if any(row[-1] == "cuda_hopper" for row in prefills) else found
 
@@ -86,6 +87,26 @@ def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
         what = f"V3.2 indexer module, {ours['keys']} tokens{kind}"
         rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_module"))
     return rows
+
+
+def decode_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about decode steps over a paged cache."""
+    if not (results / "cuda_decode.csv").exists():
+        return []
+    rows: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in (r for r in read(results, "cuda_decode") if r["median_s"]):
+        shape = tuple(record[name] for name in ("batch", "tokens", "next_n"))
+        rows.setdefault(shape, {})[record["peer"]] = record
+    found = []
+    for (batch, tokens, next_n), peers in rows.items():
+        ours = peers["hisa.paged_index"]
+        others = {name: peers[name] for name in ("flat", "TileLang") if name in peers}
+        compared = "; ".join(f"{name}: {time(other)}" for name, other in others.items())
+        gain = ", ".join(f"{ratio(other, ours):.1f}x" for other in others.values())
+        drafts = "" if next_n == "1" else f", {next_n} tokens each"
+        what = f"decode, {batch} x {tokens} tokens{drafts}, paged"
+        found.append((what, time(ours), compared, f"{gain} time", "cuda_decode"))
+    return found
 
 
 def prefill_rows(results: Path) -> list[tuple[str, ...]]:
