@@ -164,6 +164,8 @@ void check(const CompleteArguments& a) {
   Expected{"indices", "[M, topk]", ScalarType::Int, {-1, -1}}.check(a.indices, a.indices);
   TORCH_CHECK_VALUE(a.indices.is_contiguous(), "indices: expected a contiguous tensor");
   const int64_t rows = a.indices.size(0);
+  TORCH_CHECK_VALUE(rows <= support::kMaxRows,
+                    join("indices: expected at most ", support::kMaxRows, " rows (M), got ", rows));
   Expected{"ks", "[M]", ScalarType::Int, {rows}, "indices"}.check(a.ks, a.indices);
   Expected{"ke", "[M]", ScalarType::Int, {rows}, "indices"}.check(a.ke, a.indices);
   TORCH_CHECK_VALUE(a.keys >= a.indices.size(1) && a.keys <= support::kMaxKeys,

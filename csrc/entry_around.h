@@ -90,6 +90,7 @@ void complete(const Tensor& indices, const Tensor& ks, const Tensor& ke, int64_t
                    .rows = indices.size(0),
                    .topk = indices.size(1),
                    .keys = keys});
+  if (!indices.is_inference()) indices.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace hisa

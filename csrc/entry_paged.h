@@ -107,7 +107,7 @@ TwoTensors paged_index(const Tensor& q, const Tensor& pages, const Tensor& weigh
   const Tensor head_weights = adjacent(weights);
 
   TwoTensors output = make_output(q, topk, return_scores);
-  if (keys.room == 0 || table.pages == 0) {  // no sequence has a token
+  if (q.size(0) == 0 || keys.room == 0 || table.pages == 0) {  // no sequence has a token
     std::get<0>(output).fill_(-1);
     std::get<1>(output).fill_(-std::numeric_limits<float>::infinity());
     return output;

@@ -120,6 +120,22 @@ def test_completes_rows_of_all_lengths(device: str) -> None:
         assert int(outside.sum()) == min(topk - count, keys - (end - start))
 
 
+def test_windows_are_never_trusted(device: str) -> None:
+    """Outside of the keys they are clamped, and empty where they end before they begin."""
+    low, high = -(2**31), 2**31 - 1
+    windows = [(-3, 4), (5, 3), (2, 99), (low, high), (high, low), (99, 100), (-9, -3), (0, 0)]
+    given = torch.full((len(windows), 8), -1, dtype=torch.int32)
+    for row, (start, end) in zip(given, windows, strict=True):
+        seen = max(0, min(end, 10) - max(start, 0))
+        row[: min(seen, 3)] = torch.arange(min(seen, 3))
+    ks, ke = torch.tensor(windows, dtype=torch.int32, device=device).unbind(1)
+    done = complete(given.clone().to(device), ks, ke, keys=10).cpu()
+    for row, before, (start, _) in zip(done, given, windows, strict=True):
+        count = int((before >= 0).sum())
+        assert torch.equal(row[:count], before[:count] + min(max(start, 0), 10))
+        assert row.min() >= 0 and row.max() < 10 and len(row.unique()) == 8
+
+
 BAD: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (
         TypeError,

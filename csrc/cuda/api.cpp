@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <bit>
 
 #include "../entry_around.h"
@@ -70,12 +71,12 @@ struct Cuda {
 
   // See paged.h.
   void paged_index(const PagedIndexParams& params, const Shape& shape) {
-    TORCH_CHECK_VALUE(
-        params.windows.next_n * params.block_topk * params.block_size <= support::kMaxKeys,
-        join("block_topk: expected next_n * block_topk * block_size to be at most ",
-             support::kMaxKeys, " on CUDA, got ", params.windows.next_n, " * ", params.block_topk,
-             " * ", params.block_size));
     const bool direct = sm90::takes(shape, limits);
+    const int64_t kept = std::min(params.block_topk, params.pooled.room) * params.block_size;
+    TORCH_CHECK_VALUE(
+        direct || params.windows.next_n <= support::kMaxKeys / kept,
+        join("next_n: expected next_n rows to keep at most ", support::kMaxKeys,
+             " tokens on this GPU, got ", params.windows.next_n, " of up to ", kept, " each"));
     const PagedSizes sizes = size_paged(params, direct);
     const Tensor workspace = allocate(sizes.workspace);
     for (int64_t first = 0; first < params.keys.table.sequences; first += sizes.sequences) {

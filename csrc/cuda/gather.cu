@@ -34,7 +34,8 @@ __global__ __launch_bounds__(kCopyThreads) void pooled_kernel(
       if (part.direct) {
         part.edges[n] = static_cast<int32_t>(n * call.keys.room);
         if (n == part.count - 1)
-          part.edges[part.count] = static_cast<int32_t>(part.count * call.keys.room);
+          part.edges[part.count] =
+              static_cast<int32_t>(min(part.count * call.keys.room, int64_t{INT32_MAX}));
       } else {
         part.lengths[n] = static_cast<int32_t>(length);
       }
