@@ -97,7 +97,7 @@ def decode_rows(results: Path) -> list[tuple[str, ...]]:
     for record in (r for r in read(results, "cuda_decode") if r["median_s"]):
         shape = tuple(record[name] for name in ("batch", "tokens", "next_n"))
         rows.setdefault(shape, {})[record["peer"]] = record
-    found = []
+    found: list[tuple[str, ...]] = []
     for (batch, tokens, next_n), peers in rows.items():
         ours = peers["hisa.paged_index"]
         others = {name: peers[name] for name in ("flat", "TileLang") if name in peers}
