@@ -44,9 +44,9 @@ MUTANTS = [
     Mutant("maximum drops NaN", "cpu/kernels_body.h", " || key[d] != key[d] ?", " ?"),
     Mutant("max pooling is mean pooling", "checks.cpp",
            'if (name == "max") return Pooling::kMax', 'if (name == "max") return Pooling::kMean'),
-    Mutant("zero block divides by zero", "cpu/pool.cpp",
+    Mutant("zero block divides by zero", "cpu/narrow.h",
            "scale < kMinScale ? kMinScale : scale", "scale"),
-    Mutant("fp8 scale from another format", "cpu/pool.cpp", "kFp8Max = 448.0F", "kFp8Max = 240.0F"),
+    Mutant("fp8 scale from another format", "cpu/narrow.h", "kFp8Max = 448.0F", "kFp8Max = 240.0F"),
     Mutant("offset of a key in 32 bits", "cpu/keys.h", "n * keys.stride * element_size",
            "static_cast<int32_t>(n * keys.stride) * element_size"),
     # coarse
@@ -118,8 +118,8 @@ MUTANTS = [
     # the threads that rows run on, and what is done on their behalf
     Mutant("flush-to-zero as the thread has it", "cpu/run.h",
            "const FloatEnvironment environment;", ""),
-    Mutant("pooling flushes to zero", "cpu/api.cpp", "const FloatEnvironment environment;", "",
-           times=2),
+    Mutant("pooling flushes to zero", "cpu/api.cpp",
+           "const FloatEnvironment environment;\n      cpu::pool", "cpu::pool", times=2),
     Mutant("the caller's settings are lost", "cpu/float_environment.h", "std::fesetenv(&saved_)",
            "std::fegetenv(&saved_)"),
     Mutant("signals asked for on any thread", "python.cpp",
@@ -189,15 +189,14 @@ MUTANTS = [
 # Built and tested with `--cuda`, on a GPU.
 CUDA_MUTANTS = [
     # pool
-    Mutant("pool: scale of the first token", "cuda/pool.cu",
-           "keys.scale[start + i]", "keys.scale[start]"),
+    Mutant("pool: scale of the first token", "cuda/pool.cu", ": scale + i};", ": scale};"),
     Mutant("pool: blocks straddle segments", "cuda/pool.cu",
            "start + params.block_size <= segment.end", "start + params.block_size <= keys.count"),
-    Mutant("pool: maximum drops NaN", "cuda/pool.cu", "b > a || b != b ? b : a", "b > a ? b : a"),
-    Mutant("pool: zero block divides by zero", "cuda/pool.cu",
+    Mutant("pool: maximum drops NaN", "cuda/lanes.cuh", "b > a || b != b ? b : a", "b > a ? b : a"),
+    Mutant("pool: zero block divides by zero", "cuda/lanes.cuh",
            "scale < kMinScale ? kMinScale : scale", "scale"),
-    Mutant("pool: no barrier before the maximum", "cuda/pool.cu",
-           "= amax;\n  __syncthreads();", "= amax;"),
+    Mutant("pool: largest of a lane's own", "cuda/lanes.cuh",
+           "__reduce_max_sync(~0U, most)", "most"),
     # coarse
     Mutant("coarse: slot rounds down", "cuda/coarse.cuh",
            "(row.origin + size - 1) >>", "row.origin >>"),
