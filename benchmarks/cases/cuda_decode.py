@@ -31,10 +31,11 @@ KEY_BYTES = DIM + 4
 BANDWIDTH = 4.1e12  # bytes per second of an H200's memory, measured
 LIMIT = """
 What limits it: one block of threads takes a row through coarse and another through refine, so that
-a single row keeps two multiprocessors busy, and 128 rows one wave. A decode kernel that splits a
-row over multiprocessors is not done. Three launches per call: pooled keys gathered, coarse, refine;
-a fourth if places in pages are wanted. Designs, us of the four shapes: kept blocks gathered, then
-two flat calls, 72, 116, 172, 515; keys read from their pages by the copy engine, 54, 96, 75, 146.
+a single row has one multiprocessor busy at a time. A decode kernel that splits a row over several
+is not done. Three launches per call: pooled keys gathered, coarse, refine; a fourth if places in
+pages are wanted. Designs, us of the four shapes, five tokens shorter, by a script that is not in
+the repository: kept blocks gathered, then two flat calls, 72, 116, 172, 515; keys read from their
+pages by the copy engine, 54, 96, 75, 146.
 
 In `append` every sequence completes a block, as it does once in 128 steps: one warp a block, which
 looks up the page of each token. Where none does, a step took 4.4 us (no command repeats that)."""
