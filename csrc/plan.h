@@ -47,4 +47,8 @@ CallPlan plan_cpu(const Shape& shape, int64_t threads);
 // For the current CUDA device; ValueError in a build without CUDA kernels.
 CallPlan plan_cuda(const Shape& shape);
 
+// Whether calls of few rows run by the kernel that is made for them, as they do at first, or by the
+// one for many. For tests and benchmarks: the results are the same.
+void split_few_rows(bool split);
+
 }  // namespace hisa

@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "paged.h"
 #include "sm90/launch.h"
+#include "sm90/split.h"
 
 namespace hisa::cuda {
 namespace {
@@ -72,6 +73,8 @@ struct Cuda {
   // See paged.h.
   void paged_index(const PagedIndexParams& params, const Shape& shape) {
     const bool direct = sm90::takes(shape, limits);
+    if (direct && run_split(params, shape, std::max(params.keys.stride, params.pooled.stride)))
+      return;
     const int64_t kept = std::min(params.block_topk, params.pooled.room) * params.block_size;
     TORCH_CHECK_VALUE(
         direct || params.windows.next_n <= support::kMaxKeys / kept,
@@ -117,8 +120,17 @@ struct Cuda {
     run(params, shape);
   }
 
+  // Run a call by a cluster for each row, if it is one for that.
+  template <class Params>
+  bool run_split(const Params& params, const Shape& shape, int64_t page_stride = 0) {
+    const sm90::SplitPlan plan = sm90::plan_split(shape, limits, page_stride);
+    if (plan.splits) C10_CUDA_CHECK(sm90::launch_split(params, plan, stream));
+    return plan.splits;
+  }
+
   void run(const RowsParams& params, const Shape& shape) {
     if (sm90::takes(shape, limits)) {
+      if (run_split(params, shape)) return;
       const sm90::Geometry geometry = sm90::make_geometry(shape, limits);
       const Tensor workspace = allocate(geometry.workspace);
       C10_CUDA_CHECK(sm90::launch_rows(params, geometry, pointer(workspace), stream));
@@ -158,8 +170,10 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
 hisa::CallPlan hisa::plan_cuda(const Shape& shape) {
   const cuda::DeviceLimits limits = cuda::current_limits();
   const bool hopper = cuda::sm90::takes(shape, limits);
-  const int64_t workspace = hopper ? cuda::sm90::make_geometry(shape, limits).workspace
-                                   : cuda::make_geometry(shape, limits).workspace;
+  const bool splits = hopper && cuda::sm90::plan_split(shape, limits).splits;
+  const int64_t workspace = splits   ? 0
+                            : hopper ? cuda::sm90::make_geometry(shape, limits).workspace
+                                     : cuda::make_geometry(shape, limits).workspace;
   return {hopper ? cuda::sm90::kernel_name(shape) : cuda::kernel_name(shape),
           workspace + pooled_bytes(shape)};
 }

@@ -9,6 +9,8 @@ hisa::CallPlan hisa::plan_cuda(const Shape&) {
   TORCH_CHECK_VALUE(false, "device: expected cpu, the device that this build supports, got cuda");
 }
 
+void hisa::split_few_rows(bool) {}
+
 namespace {
 
 void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {

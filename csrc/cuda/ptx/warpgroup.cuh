@@ -16,6 +16,11 @@ __device__ __forceinline__ void set_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// A barrier of the threads of one of a block's warpgroups, 0 to 7.
+__device__ __forceinline__ void sync_warpgroup(uint32_t number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
+}
+
 // Wait until the kernel before this one has written all it writes.
 __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");

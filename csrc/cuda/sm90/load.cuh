@@ -5,6 +5,7 @@
 #include "../ptx/tensor_copy.cuh"
 #include "../refine.cuh"
 #include "pair.cuh"
+#include "products.cuh"
 
 namespace hisa::cuda::sm90 {
 

@@ -4,64 +4,14 @@
 // Keys are the rows of a product, the heads of a group's rows its columns. So the sum over heads is
 // inside a thread, but for four lanes. A product is one of 64 keys; a tile is one, or two.
 //
-// relu() takes an instruction of half the rate, as the maximum with 0. One of full rate rounds to
-// [0, 1], and takes NaN to 0 too. So where products are wide it is made from a dot product times
-// 2^-25, which is below 1 for fp8, and the weights are multiplied by 2^25 first: the same bits.
-//
-// Order of the sum over heads, fixed: with c = lane % 4, a lane adds heads 2c, 2c + 8, 2c + 16, ..
-// one fused multiply-add after another, and likewise 2c + 1, 2c + 9, ..; then both; then lanes
-// whose c differ by 2, by 1. The key's scale comes last. A key's score depends neither on its place
-// in a tile nor on the keys or rows beside it.
+// The order of the sum over heads is fixed, see products.cuh: a key's score depends neither on its
+// place in a tile nor on the keys or rows beside it.
 #pragma once
 
-#include "../ptx/shared.cuh"
-#include "../ptx/wgmma.cuh"
+#include "products.cuh"
 #include "shared.cuh"
 
 namespace hisa::cuda::sm90 {
-
-template <class C, int kCount>
-__device__ __forceinline__ void multiply_step(float (&d)[kCount], uint64_t a, uint64_t b,
-                                              bool add) {
-  if constexpr (C::kType == ElementType::kFloat8E4M3)
-    ptx::wgmma_e4m3(d, a, b, add);
-  else
-    ptx::wgmma_bf16(d, a, b, add);
-}
-
-// Begin the dot products of 64 keys with as many columns as there is room for in d. Keys and
-// queries are addresses in shared memory.
-template <class C, int kCount>
-__device__ __forceinline__ void multiply(float (&d)[kCount], uint32_t keys, uint32_t queries) {
-  ptx::pin(d);
-  ptx::fence_products();
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) {
-    const uint64_t a = ptx::describe<C::kPitch>(keys + panel * C::kTile * C::kPitch);
-    const uint64_t b = ptx::describe<C::kPitch>(queries + panel * C::kColumns * C::kPitch);
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step)
-      multiply_step<C>(d, a + step * 2, b + step * 2, panel + step > 0);
-  }
-  ptx::commit_products();
-}
-
-// Add up the four lanes of each value; they go on with half of the values each, as long as there
-// are several. Lane c of four has values c * kCount / 4 on, or c * kCount / 4 rounded down.
-template <int kCount, int kMask>
-__device__ __forceinline__ void fold(float* values) {
-  const bool high = (threadIdx.x & kMask) != 0;
-  if constexpr (kCount == 1) {
-    values[0] += __shfl_xor_sync(~0U, values[0], kMask);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const float mine = high ? values[i + kCount / 2] : values[i];
-      const float other = high ? values[i] : values[i + kCount / 2];
-      values[i] = mine + __shfl_xor_sync(~0U, other, kMask);
-    }
-  }
-}
 
 // Where kRows rows are scored together, a warp has two sums of each, of keys g and g + 8 (g as
 // above, lane / 4). A lane stores kOwn of them.
@@ -288,10 +238,7 @@ class Scorer {
     constexpr int kSums = Own<kRows>::kSums;
     ptx::pin(dots);
     float sums[kSums];
-    if (kIsWide<kRows> && !huge_)
-      weigh<kRows>(dots, sums, [](float dot) { return __saturatef(dot * (1.0F / kUp)); });
-    else
-      weigh<kRows>(dots, sums, [](float dot) { return fmaxf(dot, 0.0F); });
+    weigh<C::kHeads, kRows>(weights_, dots, sums, kIsWide<kRows> && !huge_);
     fold<kSums, 2>(sums);
     fold<(kSums + 1) / 2, 1>(sums);
 #pragma unroll
@@ -306,25 +253,6 @@ class Scorer {
                       own.marks + (static_cast<uint32_t>(position) / 16 * Own<kRows>::kOwn + i) * 4,
                       passing);
       }
-    }
-  }
-
-  template <int kRows, class Relu>
-  __device__ __forceinline__ void weigh(const float (&dots)[kRows * C::kHeads / 2],
-                                        float (&sums)[2 * kRows], Relu relu) const {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float even[2] = {};
-      float odd[2] = {};
-#pragma unroll
-      for (int i = row * kRowPairs; i < (row + 1) * kRowPairs; ++i)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          even[k] = fmaf(weights_[2 * i], relu(dots[4 * i + 2 * k]), even[k]);
-          odd[k] = fmaf(weights_[2 * i + 1], relu(dots[4 * i + 2 * k + 1]), odd[k]);
-        }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) sums[2 * row + k] = even[k] + odd[k];
     }
   }
 

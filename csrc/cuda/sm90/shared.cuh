@@ -62,10 +62,6 @@ struct Config {
                 kStartRegisters * kWarpgroups);
 };
 
-// What weights are multiplied by where products are wide, see score.cuh; none above kMostWeight is.
-inline constexpr float kUp = 0x1p25F;
-inline constexpr float kMostWeight = 0x1p100F;
-
 // Blocks that a row keeps.
 __device__ __forceinline__ uint32_t count_kept(const RowsParams& rows, const Row& row) {
   if (row.empty()) return 0;

@@ -1,0 +1,109 @@
+#include "split.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <limits>
+
+namespace hisa::cuda::sm90 {
+namespace {
+
+constexpr int64_t kBlocks = 2;  // of a multiprocessor, at most
+
+std::atomic<bool> splitting{true};  // unless a test or a benchmark wants the other kernels
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+int log2_of(int64_t power) { return std::countr_zero(static_cast<uint64_t>(power)); }
+
+// All but where the keys are.
+SplitParams fill(const Queries& queries, const Output& output, int64_t block_topk,
+                 const SplitPlan& plan) {
+  SplitParams params{};
+  params.queries = queries;
+  params.output = output;
+  params.block_topk = static_cast<uint32_t>(block_topk);
+  params.slots = plan.slots;
+  params.tokens = plan.tokens;
+  params.kept = plan.kept;
+  params.next_n = 1;
+  return params;
+}
+
+Storage adjacent(const Keys& keys) {
+  return {.data = static_cast<const char*>(keys.data),
+          .scale = keys.scale,
+          .page_stride = 0,
+          .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
+          .scale_page_stride = 0,
+          .page_shift = 31};
+}
+
+Storage in_pages(const PagedKeys& keys) {
+  return {.data = static_cast<const char*>(keys.data),
+          .scale = static_cast<const float*>(keys.scale),
+          .page_stride = static_cast<uint32_t>(keys.stride),
+          .stride = static_cast<uint32_t>(keys.dim * element_size(keys.type)),
+          .scale_page_stride = static_cast<uint32_t>(keys.scale_stride),
+          .page_shift = log2_of(keys.page_size)};
+}
+
+cudaError_t launch_split(const SplitParams& params, const SplitPlan& plan, ElementType type,
+                         int64_t dim, cudaStream_t stream) {
+  return type == ElementType::kFloat8E4M3
+             ? launch_split_of<ElementType::kFloat8E4M3>(params, plan, dim, stream)
+             : launch_split_of<ElementType::kBFloat16>(params, plan, dim, stream);
+}
+
+}  // namespace
+
+SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits, int64_t page_stride) {
+  SplitPlan plan{};
+  plan.shared_limit = limits.shared_block;
+  plan.device = limits.device;
+  const int64_t kept = std::min(shape.block_topk, shape.slots());
+  const int64_t tokens = round_up(kept * shape.block_size, kSplitTile);
+  const int64_t slots =
+      shape.slots() > shape.block_topk ? round_up(shape.slots(), kSplitTile) : int64_t{0};
+  const auto bytes = [&](bool alone) {
+    const int64_t row = shape.dim * element_size(shape.type);
+    return lay_out_split(shape.heads, row, slots, tokens, kept, alone).total;
+  };
+  plan.slots = static_cast<uint32_t>(slots);
+  plan.tokens = static_cast<uint32_t>(tokens);
+  plan.kept = static_cast<uint32_t>(kept);
+  plan.alone = bytes(true);
+  // More than half of a multiprocessor's: peers share it with nobody.
+  plan.together = std::max(bytes(false), limits.shared_total / 2 + 1);
+  plan.splits = splitting && !shape.flat() && std::max(slots, tokens) <= kMostScores &&
+                shape.rows <= kBlocks * limits.multiprocessors &&
+                page_stride <= std::numeric_limits<uint32_t>::max() &&
+                std::max(plan.alone, plan.together) <= limits.shared_block;
+  return plan;
+}
+
+cudaError_t launch_split(const RowsParams& rows, const SplitPlan& plan, cudaStream_t stream) {
+  SplitParams params = fill(rows.queries, rows.output, rows.block_topk, plan);
+  params.block_shift = rows.block_shift;
+  params.keys = adjacent(rows.keys);
+  params.pooled = adjacent(rows.pooled);
+  params.windows = rows.windows;
+  params.count = rows.keys.count;
+  return launch_split(params, plan, rows.keys.type, rows.keys.dim, stream);
+}
+
+cudaError_t launch_split(const PagedIndexParams& call, const SplitPlan& plan, cudaStream_t stream) {
+  SplitParams params = fill(call.queries, call.output, call.block_topk, plan);
+  params.block_shift = log2_of(call.block_size);
+  params.keys = in_pages(call.keys);
+  params.pooled = in_pages(call.pooled);
+  params.table = call.keys.table;
+  params.next_n = static_cast<uint32_t>(call.windows.next_n);
+  params.page_shift = log2_of(call.keys.page_size);
+  params.physical = call.physical;
+  return launch_split(params, plan, call.keys.type, call.keys.dim, stream);
+}
+
+}  // namespace hisa::cuda::sm90
+
+void hisa::split_few_rows(bool split) { hisa::cuda::sm90::splitting = split; }

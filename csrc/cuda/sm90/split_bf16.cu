@@ -1,0 +1,8 @@
+#include "split_launch.cuh"
+
+namespace hisa::cuda::sm90 {
+
+template cudaError_t launch_split_of<ElementType::kBFloat16>(const SplitParams&, const SplitPlan&,
+                                                             int64_t, cudaStream_t);
+
+}  // namespace hisa::cuda::sm90
