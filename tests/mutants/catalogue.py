@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("one block too few", "cpu/coarse.cpp",
            "group.select(i, params.block_topk - 2);", "group.select(i, params.block_topk - 3);"),
     Mutant("pooled keys given are recomputed", "entry.h",
-           ".pooled = pooled_k.has_value()};", ".pooled = pooled_k.has_value() && topk == 0};"),
+           "= a.pooled_k.has_value()};", "= a.pooled_k.has_value() && a.topk == 0};"),
     Mutant("keys are never pooled", "plan.h",
            "slots() > block_topk;", "slots() > 2 * block_topk;"),
     # scores
@@ -181,8 +181,8 @@ MUTANTS = [
            "return ahead >= size && ahead + other.size <= stride;", "return true;", tests=PAGED),
     Mutant("paged: slots beside pages refused", "memory.h",
            "return ahead >= size && ahead + other.size <= stride;", "return false;", tests=PAGED),
-    Mutant("paged: slots written behind autograd", "entry_paged.h", "bump_version()",
-           "version_counter()", tests=PAGED),
+    Mutant("paged: slots written behind autograd", "entry.h", "->bump_version()",
+           "->version_counter()", tests=PAGED),
 ]  # fmt: skip
 
 
