@@ -113,6 +113,8 @@ def wrong(result: Tensor) -> dict[str, tuple[type[Exception], Tensor]]:
         "dtype": (TypeError, result.to(other)),
         "longer": (ValueError, result.new_empty(result.shape[0] + 1, *result.shape[1:])),
         "shorter": (ValueError, result.new_empty(result.shape[0] - 1, *result.shape[1:])),
+        "wider": (ValueError, result.new_empty(*result.shape[:-1], result.shape[-1] + 1)),
+        "narrower": (ValueError, result.new_empty(*result.shape[:-1], result.shape[-1] - 1)),
         "dimension": (ValueError, result[None]),
         "device": (ValueError, result.to("meta")),
         "every second": (ValueError, wide[..., 0].copy_(result)),
