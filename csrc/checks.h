@@ -54,7 +54,9 @@ struct RopeArguments {
   const std::optional<at::Tensor>& cos;
   const std::optional<at::Tensor>& sin;
   int64_t first;
+  bool interleaved;
   bool quantize;
+  bool power_of_two;
 };
 
 struct CompleteArguments {
@@ -98,6 +100,21 @@ void check(const RopeArguments& arguments);
 void check(const CompleteArguments& arguments);
 void check(const PagedPoolArguments& arguments);
 void check(const PagedIndexArguments& arguments);
+
+// Of tensors that results are written to: each is as the operator would return it, contiguous, and
+// has memory that no other argument has. Scores and scales are optional.
+void check_output(const PoolArguments& arguments, const at::Tensor& pooled_k,
+                  const at::Tensor& pooled_scale);
+void check_output(const IndexArguments& arguments, const at::Tensor& indices,
+                  const std::optional<at::Tensor>& scores);
+void check_output(const FlatArguments& arguments, const at::Tensor& indices,
+                  const std::optional<at::Tensor>& scores);
+void check_output(const PagedIndexArguments& arguments, const at::Tensor& indices,
+                  const std::optional<at::Tensor>& scores);
+void check_output(const MaskArguments& arguments, const at::Tensor& ks, const at::Tensor& ke,
+                  const at::Tensor& summary);
+void check_output(const RopeArguments& arguments, const at::Tensor& y,
+                  const std::optional<at::Tensor>& scale);
 
 // Sizes alone, for the planner.
 void check_sizes(int64_t heads, int64_t dim, int64_t keys);

@@ -10,19 +10,13 @@ namespace hisa {
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class Device>
-ThreeTensors mask_windows(const Tensor& mask) {
-  check(MaskArguments{mask});
-  const at::AutoDispatchBelowADInplaceOrView guard;
+void mask_into(const MaskArguments& a, const Tensor& ks, const Tensor& ke, const Tensor& summary) {
+  const Tensor& mask = a.mask;
   Device device(mask);
 
   // NOTE: memory that others made may not even be aligned to its elements. Only that is copied.
   const bool aligned = reinterpret_cast<intptr_t>(mask.const_data_ptr()) % mask.element_size() == 0;
   const Tensor values = aligned ? mask : mask.clone();
-  const at::TensorOptions options = mask.options().dtype(at::kInt);
-  ThreeTensors output{at::empty({mask.size(0), mask.size(1)}, options),
-                      at::empty({mask.size(0), mask.size(1)}, options),
-                      at::empty({sizeof(MaskSummary) / sizeof(int32_t)}, options)};
-  auto& [start, end, summary] = output;
   device.mask({.data = values.const_data_ptr(),
                .entries = mask.size(0),
                .rows = mask.size(1),
@@ -31,49 +25,80 @@ ThreeTensors mask_windows(const Tensor& mask) {
                .row_stride = values.stride(1),
                .key_stride = values.stride(2),
                .type = mask_type(mask),
-               .start = start.template mutable_data_ptr<int32_t>(),
-               .end = end.template mutable_data_ptr<int32_t>(),
+               .start = ks.mutable_data_ptr<int32_t>(),
+               .end = ke.mutable_data_ptr<int32_t>(),
                .summary = static_cast<MaskSummary*>(summary.mutable_data_ptr())});
-  return output;
+}
+
+template <class Device>
+ThreeTensors mask_windows(const Tensor& mask) {
+  const MaskArguments arguments{mask};
+  check(arguments);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::TensorOptions options = mask.options().dtype(at::kInt);
+  const Tensor ks = at::empty({mask.size(0), mask.size(1)}, options);
+  const Tensor ke = at::empty({mask.size(0), mask.size(1)}, options);
+  const Tensor summary = at::empty({sizeof(MaskSummary) / sizeof(int32_t)}, options);
+  mask_into<Device>(arguments, ks, ke, summary);
+  return {ks, ke, summary};
+}
+
+template <class Device>
+void mask_windows_out(const Tensor& mask, const Tensor& ks, const Tensor& ke,
+                      const Tensor& summary) {
+  write(MaskArguments{mask}, mask_into<Device>, ks, ke, summary);
+}
+
+template <class Device>
+void rope_into(const RopeArguments& a, const Tensor& y, const OptionalTensor& scale) {
+  Device device(a.x);
+  const auto whole = [](const OptionalTensor& tensor) {
+    return tensor.has_value() ? adjacent(tensor->contiguous(), Device::kAlignment) : Tensor();
+  };
+  const Tensor values = whole(a.x);
+  const Tensor cosines = whole(a.cos);
+  const Tensor sines = whole(a.sin);
+  const bool turns = a.cos.has_value();
+  if (a.x.numel() == 0) return;
+  device.rope({.x = values.const_data_ptr(),
+               .cos = turns ? cosines.const_data_ptr() : nullptr,
+               .sin = turns ? sines.const_data_ptr() : nullptr,
+               .entries = a.x.size(0),
+               .rows = a.x.size(1),
+               .heads = a.x.size(2),
+               .dim = a.x.size(3),
+               .angle_stride = turns && cosines.size(0) > 1 ? cosines.stride(0) : 0,
+               .first = a.first,
+               .turned = turns ? cosines.size(2) : 0,
+               .interleaved = a.interleaved,
+               .quantize = a.quantize,
+               .power_of_two = a.power_of_two,
+               .type = element_type(a.x.scalar_type()),
+               .y = y.mutable_data_ptr(),
+               .scale = a.quantize ? scale->mutable_data_ptr<float>() : nullptr});
 }
 
 template <class Device>
 TwoTensors rope_quantize(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                          int64_t first, bool interleaved, bool quantize, bool power_of_two) {
-  check(RopeArguments{x, cos, sin, first, quantize});
+  const RopeArguments arguments{x, cos, sin, first, interleaved, quantize, power_of_two};
+  check(arguments);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  Device device(x);
-
-  const auto whole = [](const OptionalTensor& tensor) {
-    return tensor.has_value() ? adjacent(tensor->contiguous(), Device::kAlignment) : Tensor();
-  };
-  const Tensor values = whole(x);
-  const Tensor cosines = whole(cos);
-  const Tensor sines = whole(sin);
-  const bool turns = cos.has_value();
   const auto sizes = x.sizes();
-  TwoTensors output{
-      at::empty(sizes, quantize ? x.options().dtype(at::kFloat8_e4m3fn) : x.options()),
-      at::empty(quantize ? sizes.slice(0, 3) : at::IntArrayRef{0}, x.options().dtype(at::kFloat))};
-  auto& [y, scale] = output;
-  if (x.numel() == 0) return output;
-  device.rope({.x = values.const_data_ptr(),
-               .cos = turns ? cosines.const_data_ptr() : nullptr,
-               .sin = turns ? sines.const_data_ptr() : nullptr,
-               .entries = x.size(0),
-               .rows = x.size(1),
-               .heads = x.size(2),
-               .dim = x.size(3),
-               .angle_stride = turns && cosines.size(0) > 1 ? cosines.stride(0) : 0,
-               .first = first,
-               .turned = turns ? cosines.size(2) : 0,
-               .interleaved = interleaved,
-               .quantize = quantize,
-               .power_of_two = power_of_two,
-               .type = element_type(x.scalar_type()),
-               .y = y.mutable_data_ptr(),
-               .scale = quantize ? scale.template mutable_data_ptr<float>() : nullptr});
-  return output;
+  const Tensor y = at::empty(sizes, quantize ? x.options().dtype(at::kFloat8_e4m3fn) : x.options());
+  const Tensor scale =
+      at::empty(quantize ? sizes.slice(0, 3) : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
+  rope_into<Device>(arguments, y, only_if(quantize, scale));
+  return {y, scale};
+}
+
+template <class Device>
+void rope_quantize_out(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                       int64_t first, bool interleaved, bool power_of_two, const Tensor& y,
+                       const OptionalTensor& scale) {
+  const bool quantize = scale.has_value();
+  write(RopeArguments{x, cos, sin, first, interleaved, quantize, power_of_two}, rope_into<Device>,
+        y, scale);
 }
 
 template <class Device>
@@ -90,7 +115,7 @@ void complete(const Tensor& indices, const Tensor& ks, const Tensor& ke, int64_t
                    .rows = indices.size(0),
                    .topk = indices.size(1),
                    .keys = keys});
-  if (!indices.is_inference()) indices.unsafeGetTensorImpl()->bump_version();
+  bump_version(indices);
 }
 
 }  // namespace hisa

@@ -76,8 +76,43 @@ void paged_pool(const Tensor& pages, const Tensor& pooled_k, const Tensor& poole
                      .block_size = block_size,
                      .new_tokens = new_tokens.value_or(keys.room),
                      .pooling = parse_pooling(pooling)});
-  for (const Tensor& written : {pooled_k, pooled_scale})
-    if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+  bump_version(pooled_k);
+  bump_version(pooled_scale);
+}
+
+template <class Device>
+void paged_index_into(const PagedIndexArguments& a, const Tensor& indices,
+                      const OptionalTensor& scores) {
+  Device device(a.pages);
+  const Tensor ids = adjacent(a.block_table);
+  const Tensor lengths = adjacent(a.seq_lens);
+  const PageTable table = make_table(ids, lengths, a.pages.size(0));
+  const PagedKeys keys = make_paged_keys(a.pages, table, a.q.size(2), a.block_size);
+  const Shape shape{.rows = a.q.size(0),
+                    .keys = table.width * keys.page_size,
+                    .heads = a.q.size(1),
+                    .dim = a.q.size(2),
+                    .type = keys.type,
+                    .topk = a.topk,
+                    .block_size = a.block_size,
+                    .block_topk = a.block_topk,
+                    .pooled = true};
+  const Tensor queries = rows_for<Device>(a.q, device.overlaps(shape));
+  const Tensor head_weights = adjacent(a.weights);
+  if (shape.rows == 0 || keys.room == 0 || table.pages == 0) {  // no sequence has a token
+    indices.fill_(-1);
+    if (scores.has_value()) scores->fill_(-std::numeric_limits<float>::infinity());
+    return;
+  }
+  device.paged_index({.queries = make_queries(queries, head_weights),
+                      .keys = keys,
+                      .pooled = make_paged_pooled(a.pooled_k, a.pooled_scale, keys, a.block_size),
+                      .windows = {.next_n = a.next_n},
+                      .output = output_params(indices, scores),
+                      .block_size = a.block_size,
+                      .block_topk = a.block_topk,
+                      .physical = a.physical},
+                     shape);
 }
 
 template <class Device>
@@ -85,43 +120,25 @@ TwoTensors paged_index(const Tensor& q, const Tensor& pages, const Tensor& weigh
                        const Tensor& block_table, const Tensor& seq_lens, const Tensor& pooled_k,
                        const Tensor& pooled_scale, int64_t next_n, int64_t block_size,
                        int64_t block_topk, int64_t topk, bool physical, bool return_scores) {
-  check(PagedIndexArguments{q, pages, weights, block_table, seq_lens, pooled_k, pooled_scale,
-                            next_n, block_size, block_topk, topk, physical});
+  const PagedIndexArguments arguments{q,          pages,      weights,      block_table,
+                                      seq_lens,   pooled_k,   pooled_scale, next_n,
+                                      block_size, block_topk, topk,         physical};
+  check(arguments);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  Device device(pages);
+  const auto [indices, scores] = make_output(q, topk, return_scores);
+  paged_index_into<Device>(arguments, indices, only_if(return_scores, scores));
+  return {indices, scores};
+}
 
-  const Tensor ids = adjacent(block_table);
-  const Tensor lengths = adjacent(seq_lens);
-  const PageTable table = make_table(ids, lengths, pages.size(0));
-  const PagedKeys keys = make_paged_keys(pages, table, q.size(2), block_size);
-  const Shape shape{.rows = q.size(0),
-                    .keys = table.width * keys.page_size,
-                    .heads = q.size(1),
-                    .dim = q.size(2),
-                    .type = keys.type,
-                    .topk = topk,
-                    .block_size = block_size,
-                    .block_topk = block_topk,
-                    .pooled = true};
-  const Tensor queries = rows_for<Device>(q, device.overlaps(shape));
-  const Tensor head_weights = adjacent(weights);
-
-  TwoTensors output = make_output(q, topk, return_scores);
-  if (q.size(0) == 0 || keys.room == 0 || table.pages == 0) {  // no sequence has a token
-    std::get<0>(output).fill_(-1);
-    std::get<1>(output).fill_(-std::numeric_limits<float>::infinity());
-    return output;
-  }
-  device.paged_index({.queries = make_queries(queries, head_weights),
-                      .keys = keys,
-                      .pooled = make_paged_pooled(pooled_k, pooled_scale, keys, block_size),
-                      .windows = {.next_n = next_n},
-                      .output = output_params(output, return_scores),
-                      .block_size = block_size,
-                      .block_topk = block_topk,
-                      .physical = physical},
-                     shape);
-  return output;
+template <class Device>
+void paged_index_out(const Tensor& q, const Tensor& pages, const Tensor& weights,
+                     const Tensor& block_table, const Tensor& seq_lens, const Tensor& pooled_k,
+                     const Tensor& pooled_scale, int64_t next_n, int64_t block_size,
+                     int64_t block_topk, int64_t topk, bool physical, const Tensor& indices,
+                     const OptionalTensor& scores) {
+  write(PagedIndexArguments{q, pages, weights, block_table, seq_lens, pooled_k, pooled_scale,
+                            next_n, block_size, block_topk, topk, physical},
+        paged_index_into<Device>, indices, scores);
 }
 
 }  // namespace hisa

@@ -77,10 +77,10 @@ class Pages:
             block_size=BLOCK,
         )
 
-    def select(self, q: Tensor, weights: Tensor) -> Tensor:
-        """Return where the selected tokens of each sequence's last queries [batch, n, ...] lie."""
+    def select(self, q: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Write where the selected tokens of each sequence's last queries [batch, n, ...] lie."""
         q_fp8, scale = hisa.quantize_fp8(q.flatten(0, 1))
-        return hisa.paged_index(
+        hisa.paged_index(
             q_fp8,
             self.data,
             weights.flatten(0, 1) * scale,
@@ -92,6 +92,7 @@ class Pages:
             block_topk=BLOCK_TOPK,
             topk=TOPK,
             physical=True,  # page * 64 + place in it, as sparse MLA kernels want them
+            out=out,
         )
 
 
@@ -119,24 +120,27 @@ def main() -> None:
     used = 400 - len(pages.free)
     print(f"{batch} sequences of {prompt} tokens share {used} pages, on {DEVICE}")
 
-    # A step at fixed addresses: new keys and queries are copied in, a graph is replayed.
+    # A step at fixed addresses: new keys and queries are copied in, a graph is replayed, and what
+    # it selects is in the same place each time.
     k = torch.zeros(batch, drafts, DIM, device=DEVICE)
     q = torch.zeros(batch, drafts, HEADS, DIM, device=DEVICE)
     weights = torch.zeros(batch, drafts, HEADS, device=DEVICE)
-    selected = torch.empty(0)
+    selected = torch.empty(batch * drafts, TOPK, dtype=torch.int32, device=DEVICE)
 
     def step() -> None:
-        nonlocal selected
         pages.append(k)
-        selected = pages.select(q, weights)
+        pages.select(q, weights, out=selected)
 
     for sequence in range(batch):  # pages are given out beforehand; the kernels look them up
         pages.grow(sequence, prompt + steps * drafts)
     run = step
     if DEVICE == "cuda":
-        step()  # whatever is loaded on first use
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # whatever is loaded on first use
+        torch.cuda.current_stream().wait_stream(side)
         pages.lengths -= drafts
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()

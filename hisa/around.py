@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .checking import OPTIONAL, check_types
+from .checking import OPTIONAL, check_types, named_results
+from .contract import check_result
 from .ops import fake_kernel
 
 FP8 = torch.float8_e4m3fn
@@ -25,6 +26,7 @@ def rope_quantize(
     interleaved: bool = False,
     quantize: bool = False,
     power_of_two: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turn channels of every head by RoPE, quantise the heads to fp8, or both.
 
@@ -37,6 +39,8 @@ def rope_quantize(
             Products and sums are rounded one by one, as in Hugging Face's models.
         quantize: to float8_e4m3fn, one scale per head, as `hisa.quantize_fp8` does.
         power_of_two: round the scales up to powers of two.
+        out: `(y, scale)` to write to, instead of new tensors: see `hisa.index`. A head of y begins
+            at a multiple of 16 bytes.
 
     Returns:
         `(y, scale)`: `[B, S, H, D]` of x's dtype or float8_e4m3fn, and `[B, S, H]` float32, or
@@ -44,24 +48,25 @@ def rope_quantize(
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: a shape or device is not accepted, or there is nothing to do.
+        ValueError: a shape, device or `out` is not accepted, or there is nothing to do.
     """
     _extension.require()
     check_types(Tensor, x=x)
     check_types(OPTIONAL, cos=cos, sin=sin)
+    call = {"first": first, "interleaved": interleaved, "power_of_two": power_of_two}
+    if out is not None:
+        results = named_results(out, "y", "scale")
+        if not quantize:
+            check_result("scale", results.pop("scale"), (0,), torch.float32, x.device)
+        torch.ops.hisa.rope_quantize.out(x, cos, sin, **call, **results)
+        return out
     done: tuple[Tensor, Tensor] = torch.ops.hisa.rope_quantize(
-        x,
-        cos,
-        sin,
-        first=first,
-        interleaved=interleaved,
-        quantize=quantize,
-        power_of_two=power_of_two,
+        x, cos, sin, **call, quantize=quantize
     )
     return done
 
 
-@fake_kernel("rope_quantize")
+@fake_kernel("rope_quantize", ("y", "scale"), "quantize")
 def _(
     x: Tensor,
     cos: Tensor | None = None,

@@ -12,6 +12,7 @@ from . import _extension
 
 OPTIONAL = (Tensor, type(None))
 NUMBER = (int, torch.SymInt)
+SELECTION = ("indices", "scores")  # the results of an operator that selects
 
 
 def check_types(expected: type | tuple[type, ...], **arguments: object) -> None:
@@ -61,6 +62,26 @@ def check_pair(pooled: object, whose: str) -> tuple[Tensor, Tensor]:
         raise TypeError(f"pooled: expected the two tensors that {whose}, got {got}")
     check_types(Tensor, pooled_k=pooled[0], pooled_scale=pooled[1])
     return pooled[0], pooled[1]
+
+
+def named_results(out: object, *names: str) -> dict[str, Tensor]:
+    """Return the tensors of an argument `out` under the names that the operator has for them.
+
+    Raises:
+        TypeError: it is not one tensor for one name, or a tuple of as many as there are names.
+    """
+    given = (out,) if len(names) == 1 else out
+    if not isinstance(given, tuple | list) or len(given) != len(names):
+        got = f"{len(given)} of them" if isinstance(given, tuple | list) else type(out).__name__
+        raise TypeError(f"out: expected tensors ({', '.join(names)}), got {got}")
+    results = dict(zip(names, given, strict=True))
+    check_types(Tensor, **results)
+    return results
+
+
+def selection(out: object, return_scores: bool) -> dict[str, Tensor]:
+    """Return the tensors that a selection is written to, under the operator's names."""
+    return named_results(out, *SELECTION[: 1 + return_scores])
 
 
 def check_inputs(

@@ -163,6 +163,26 @@ def check_shape(
             raise ValueError(message)
 
 
+def check_result(
+    name: str, got: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise for a tensor that a result of this kind cannot be written to.
+
+    Raises:
+        TypeError: the dtype differs.
+        ValueError: the device or the shape differs, or it is not contiguous.
+    """
+    sizes = [str(size) for size in shape]
+    if got.dtype != dtype:
+        raise TypeError(_message(name, sizes, dtype, got))
+    if got.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {got.device}")
+    if tuple(got.shape) != tuple(shape):
+        raise ValueError(_message(name, sizes, dtype, got))
+    if not got.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {got.stride()}")
+
+
 def check_keys(name: str, k: Tensor) -> dict[str, int]:
     """Return the sizes of batched keys, B, N and D, or of packed ones, N and D.
 

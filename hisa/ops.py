@@ -1,14 +1,15 @@
 """The operators: `index`, `flat_index`, `pool_keys`, each with its fake kernel below it.
 
 `torch.ops.hisa.*` are the same operators as the dispatcher sees them: they always return two
-tensors, and the second one has no rows where scores were not asked for. `mask_windows` is for
-`hisa.hf` and no part of the package's face.
+tensors, and the second one has no rows where scores were not asked for. Their overload `out` writes
+to the tensors that it is given and returns nothing. `mask_windows` is for `hisa.hf` and no part of
+the package's face.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar, overload
+from typing import Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,25 +18,47 @@ from . import _extension
 from .checking import (
     NUMBER,
     OPTIONAL,
+    SELECTION,
     check,
     check_index_types,
     check_types,
     check_values,
+    named_results,
+    selection,
     wants_check,
 )
-from .contract import check_contract, check_mask, check_numbers
+from .contract import check_contract, check_mask, check_numbers, check_result
 from .pooled import PooledKeys, kept_pair
 
 Pooled = tuple[Tensor, Tensor]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def fake_kernel(name: str) -> Callable[[Function], Function]:
-    """Register a fake kernel where the operator exists, that is, where the extension is built."""
+def fake_kernel(
+    name: str, results: tuple[str, ...] = (), optional: str = ""
+) -> Callable[[Function], Function]:
+    """Register a fake kernel where the operator exists, that is, where the extension is built.
+
+    Args:
+        name: the operator's.
+        results: arguments of its overload `out`, if it has one, which gets the same fake kernel.
+        optional: argument that says whether the last result is wanted; in `out`, giving it does.
+    """
 
     def register(function: Function) -> Function:
+        def out(*args: object, **kwargs: object) -> None:
+            given = {result: kwargs.pop(result, None) for result in results}
+            if optional:
+                kwargs[optional] = given[results[-1]] is not None
+            wanted = cast(tuple[Tensor, ...], function(*args, **kwargs))
+            for (result, got), new in zip(given.items(), wanted, strict=True):
+                if isinstance(got, Tensor):
+                    check_result(result, got, new.shape, new.dtype, new.device)
+
         if _extension.available():
             torch.library.register_fake(f"hisa::{name}", function)
+            if results:
+                torch.library.register_fake(f"hisa::{name}.out", out)
         return function
 
     return register
@@ -48,6 +71,7 @@ def pool_keys(
     cu_seqlens_k: Tensor | None = None,
     block_size: int = 128,
     pooling: str = "mean",
+    out: Pooled | None = None,
 ) -> Pooled:
     """Pool every complete block of keys to one key: stage 0 of the hierarchical indexer.
 
@@ -62,6 +86,8 @@ def pool_keys(
             sequence.
         block_size: tokens per block: 8, 16, 32, 64, 128 or 256.
         pooling: "mean" or "max" (per channel).
+        out: `(pooled_k, pooled_scale)` to write to, instead of new tensors: see `index`. A pooled
+            key begins at a multiple of 16 bytes.
 
     Returns:
         `(pooled_k, pooled_scale)`: `[ceil(N / block_size), D]` of k's dtype and
@@ -70,7 +96,7 @@ def pool_keys(
 
     Raises:
         TypeError: a tensor's dtype is not accepted.
-        ValueError: a shape, device, `block_size` or `pooling` is not accepted.
+        ValueError: a shape, device, `block_size`, `pooling` or `out` is not accepted.
 
     Source: arXiv 2603.28458; defined by `hisa.reference.pool_keys`.
     """
@@ -79,13 +105,16 @@ def pool_keys(
     check_types(OPTIONAL, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k)
     check_types(NUMBER, block_size=block_size)
     check_types(str, pooling=pooling)
-    pooled: Pooled = torch.ops.hisa.pool_keys(
-        k, k_scale=k_scale, cu_seqlens_k=cu_seqlens_k, block_size=block_size, pooling=pooling
-    )
+    call: dict[str, object] = {"k_scale": k_scale, "cu_seqlens_k": cu_seqlens_k}
+    call |= {"block_size": block_size, "pooling": pooling}
+    if out is not None:
+        torch.ops.hisa.pool_keys.out(k, **call, **named_results(out, "pooled_k", "pooled_scale"))
+        return out
+    pooled: Pooled = torch.ops.hisa.pool_keys(k, **call)
     return pooled
 
 
-@fake_kernel("pool_keys")
+@fake_kernel("pool_keys", ("pooled_k", "pooled_scale"))
 def _(
     k: Tensor,
     *,
@@ -116,6 +145,7 @@ def index(
     topk: int = ...,
     pooling: str = ...,
     return_scores: Literal[False] = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -135,6 +165,7 @@ def index(
     topk: int = ...,
     pooling: str = ...,
     return_scores: bool,
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -153,6 +184,7 @@ def index(
     topk: int = 2048,
     pooling: str = "mean",
     return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Select tokens hierarchically: the best blocks by their pooled keys, then their best tokens.
 
@@ -182,6 +214,10 @@ def index(
         topk: tokens selected per row, 1 to `block_topk * block_size`.
         pooling: "mean" or "max"; not used if `pooled` is given.
         return_scores: return the selected tokens' scores as well.
+        out: where to write to, instead of new tensors: indices, or with `return_scores` a tuple
+            `(indices, scores)`. Exactly of the shape, dtype and device of what would be returned,
+            contiguous, without a gradient, and no memory of another argument. Every element is
+            written, and `out` is returned.
 
     Returns:
         `indices`, `[M, topk]` int32: the selected tokens relative to `ks[m]`, ascending, then -1.
@@ -190,8 +226,9 @@ def index(
 
     Raises:
         TypeError: a tensor's dtype is not accepted.
-        ValueError: a shape, device or number is not accepted. Windows are data and are not looked
-            at; `hisa.check`, or the environment variable HISA_CHECK=1, finds bad ones.
+        ValueError: a shape, device or number is not accepted, or `out` is not. Windows are data and
+            are not looked at; `hisa.check`, or the environment variable HISA_CHECK=1, finds bad
+            ones.
 
     Cost: `M * (N / block_size + block_topk * block_size) * H * D` multiply-adds and a workspace
     that does not depend on M (`hisa.plan` gives both). Source: arXiv 2603.28458; defined by
@@ -231,26 +268,26 @@ def index(
             topk=topk,
             pooling=pooling,
         )
-    indices, scores = torch.ops.hisa.index(
-        q,
-        k,
-        weights,
-        k_scale=k_scale,
-        ks=ks,
-        ke=ke,
-        cu_seqlens_k=cu_seqlens_k,
-        pooled_k=pooled_k,
-        pooled_scale=pooled_scale,
-        block_size=block_size,
-        block_topk=block_topk,
-        topk=topk,
-        pooling=pooling,
-        return_scores=return_scores,
-    )
+    call: dict[str, object] = {
+        "k_scale": k_scale,
+        "ks": ks,
+        "ke": ke,
+        "cu_seqlens_k": cu_seqlens_k,
+        "pooled_k": pooled_k,
+        "pooled_scale": pooled_scale,
+        "block_size": block_size,
+        "block_topk": block_topk,
+        "topk": topk,
+        "pooling": pooling,
+    }
+    if out is not None:
+        torch.ops.hisa.index.out(q, k, weights, **call, **selection(out, return_scores))
+        return out
+    indices, scores = torch.ops.hisa.index(q, k, weights, **call, return_scores=return_scores)
     return (indices, scores) if return_scores else indices
 
 
-@fake_kernel("index")
+@fake_kernel("index", SELECTION, "return_scores")
 def _(
     q: Tensor,
     k: Tensor,
@@ -295,6 +332,7 @@ def flat_index(
     ke: Tensor | None = ...,
     topk: int = ...,
     return_scores: Literal[False] = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -309,6 +347,7 @@ def flat_index(
     ke: Tensor | None = ...,
     topk: int = ...,
     return_scores: bool,
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -322,6 +361,7 @@ def flat_index(
     ke: Tensor | None = None,
     topk: int = 2048,
     return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Select the best tokens of the whole window: the indexer that `index` stands in for.
 
@@ -337,6 +377,7 @@ def flat_index(
             outside [0, N] are clamped, and `ke <= ks` is an empty row.
         topk: tokens selected per row, at least 1.
         return_scores: return the selected tokens' scores as well.
+        out: where to write to, instead of new tensors: see `index`.
 
     Returns:
         `indices`, `[M, topk]` int32: the selected tokens relative to `ks[m]`, ascending, then -1.
@@ -345,8 +386,8 @@ def flat_index(
 
     Raises:
         TypeError: a tensor's dtype is not accepted.
-        ValueError: a shape, device or number is not accepted. Windows are not looked at; the
-            environment variable HISA_CHECK=1 finds bad ones.
+        ValueError: a shape, device or number is not accepted, or `out` is not. Windows are not
+            looked at; the environment variable HISA_CHECK=1 finds bad ones.
 
     Cost: `M * N * H * D` multiply-adds. Source: DeepSeek-V3.2's lightning indexer; defined by
     `hisa.reference.flat_index`.
@@ -359,13 +400,15 @@ def flat_index(
     if wants_check(q, k, weights, k_scale, ks, ke):
         _extension.require().check_flat_index(q, k, weights, k_scale, ks, ke, topk)
         check_values(k, k_scale, ks, ke, None)
-    indices, scores = torch.ops.hisa.flat_index(
-        q, k, weights, k_scale=k_scale, ks=ks, ke=ke, topk=topk, return_scores=return_scores
-    )
+    call: dict[str, object] = {"k_scale": k_scale, "ks": ks, "ke": ke, "topk": topk}
+    if out is not None:
+        torch.ops.hisa.flat_index.out(q, k, weights, **call, **selection(out, return_scores))
+        return out
+    indices, scores = torch.ops.hisa.flat_index(q, k, weights, **call, return_scores=return_scores)
     return (indices, scores) if return_scores else indices
 
 
-@fake_kernel("flat_index")
+@fake_kernel("flat_index", SELECTION, "return_scores")
 def _(
     q: Tensor,
     k: Tensor,
@@ -383,12 +426,15 @@ def _(
     return empty_selection(q, topk, return_scores)
 
 
-def mask_windows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mask_windows(
+    mask: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the range of keys that each row of an attention mask attends to, in one pass over it.
 
     Args:
         mask: `[B, S, T]` with any strides: bool (True: attend), or additive in float16, bfloat16,
             float32 or float64 (0: attend; -65504, the float16 minimum, or less: masked).
+        out: `(ks, ke, summary)` to write to, instead of new tensors: see `index`.
 
     Returns:
         `(ks, ke, summary)`: `[B, S]` int32, the first key of each row and one past its last; both 0
@@ -398,18 +444,21 @@ def mask_windows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         TypeError: the mask's dtype is not accepted.
-        ValueError: its shape is not accepted.
+        ValueError: its shape or `out` is not accepted.
 
     Cost: the mask is read once; nothing is allocated beside the results, and nothing waits for the
     device.
     """
     _extension.require()
     check_types(Tensor, mask=mask)
+    if out is not None:
+        torch.ops.hisa.mask_windows.out(mask, **named_results(out, "ks", "ke", "summary"))
+        return out
     windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows(mask)
     return windows
 
 
-@fake_kernel("mask_windows")
+@fake_kernel("mask_windows", ("ks", "ke", "summary"))
 def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_mask(mask)
     ks, ke = (mask.new_empty(mask.shape[:2], dtype=torch.int32) for _ in range(2))

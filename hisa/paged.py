@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .checking import NUMBER, check_paged_values, check_pair, check_types, wants_check
+from .checking import (
+    NUMBER,
+    SELECTION,
+    check_paged_values,
+    check_pair,
+    check_types,
+    selection,
+    wants_check,
+)
 from .contract import check_numbers, check_paged_contract
 from .ops import Pooled, empty_selection, fake_kernel
 
@@ -132,6 +140,7 @@ def paged_index(
     topk: int = ...,
     physical: bool = ...,
     return_scores: Literal[False] = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -150,6 +159,7 @@ def paged_index(
     topk: int = ...,
     physical: bool = ...,
     return_scores: bool,
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -167,6 +177,7 @@ def paged_index(
     topk: int = 2048,
     physical: bool = False,
     return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Select tokens hierarchically from a paged key cache, for the last tokens of each sequence.
 
@@ -192,6 +203,7 @@ def paged_index(
         physical: return `block_table[s, t // page_size] * page_size + t % page_size` instead of
             position t, for kernels that see all pages as one tensor of tokens.
         return_scores: return the selected tokens' scores as well.
+        out: where to write to, instead of new tensors: see `hisa.index`.
 
     Returns:
         `indices`, `[batch * next_n, topk]` int32: positions in the sequence, or physical places, in
@@ -200,8 +212,9 @@ def paged_index(
 
     Raises:
         TypeError: a tensor's dtype is not accepted.
-        ValueError: a shape, device, layout or number is not accepted. Ids and lengths are data and
-            are not looked at; the environment variable HISA_CHECK=1 finds bad ones.
+        ValueError: a shape, device, layout or number is not accepted, or `out` is not. Ids and
+            lengths are data and are not looked at; the environment variable HISA_CHECK=1 finds bad
+            ones.
 
     Cost: the operations of `hisa.index` with pooled keys, as `hisa.plan(batch * next_n,
     W * page_size, H, D, pooled=True)` gives them, and on a CPU its workspace: no keys are gathered.
@@ -221,23 +234,25 @@ def paged_index(
     if wants_check(*tensors):
         module.check_paged_index(*tensors, next_n, *sizes.values(), physical)
         check_paged_values(pages, q.shape[2], block_table, seq_lens)
-    indices, scores = torch.ops.hisa.paged_index(
-        q,
-        pages,
-        weights,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        pooled_k=pooled_k,
-        pooled_scale=pooled_scale,
-        next_n=next_n,
+    call: dict[str, object] = {
+        "block_table": block_table,
+        "seq_lens": seq_lens,
+        "pooled_k": pooled_k,
+        "pooled_scale": pooled_scale,
+        "next_n": next_n,
         **sizes,
-        physical=physical,
-        return_scores=return_scores,
+        "physical": physical,
+    }
+    if out is not None:
+        torch.ops.hisa.paged_index.out(q, pages, weights, **call, **selection(out, return_scores))
+        return out
+    indices, scores = torch.ops.hisa.paged_index(
+        q, pages, weights, **call, return_scores=return_scores
     )
     return (indices, scores) if return_scores else indices
 
 
-@fake_kernel("paged_index")
+@fake_kernel("paged_index", SELECTION, "return_scores")
 def _(
     q: Tensor,
     pages: Tensor,

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import hisa
 
-from .checking import NUMBER, OPTIONAL, check_types
-from .contract import check_shape
+from .checking import NUMBER, OPTIONAL, check_types, selection
+from .contract import check_result, check_shape
 from .storage import Segments, Storage
 
 
@@ -282,6 +282,7 @@ class PooledKeys:
         topk: int = ...,
         segments: Segments = ...,
         return_scores: Literal[False] = ...,
+        out: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -294,6 +295,7 @@ class PooledKeys:
         topk: int = ...,
         segments: Segments = ...,
         return_scores: bool,
+        out: Tensor | tuple[Tensor, Tensor] | None = ...,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def index(
@@ -305,6 +307,7 @@ class PooledKeys:
         topk: int = 2048,
         segments: Segments = None,
         return_scores: bool = False,
+        out: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Select for the last tokens of each segment: `hisa.index` with all that it needs.
 
@@ -312,7 +315,7 @@ class PooledKeys:
             q: `[S, n, H, D]`, or `[n, H, D]` for one segment: queries of its last n tokens, each of
                 which sees the tokens up to its own.
             weights: `[S, n, H]` or `[n, H]` float32.
-            block_topk, topk, return_scores: as for `hisa.index`.
+            block_topk, topk, return_scores, out: as for `hisa.index`.
             segments: which; all by default.
 
         Returns:
@@ -327,6 +330,7 @@ class PooledKeys:
         check_shape("q", q, lead + "n H D", sizes, device, self._none.dtype)
         check_shape("weights", weights, lead + "n H", sizes, device, torch.float32)
         ks, ke = self.windows(sizes["n"], segments=list(lengths))
+        shape = (*q.shape[:-2], topk)
         found = hisa.index(
             q.flatten(0, -3),
             self.keys,
@@ -340,8 +344,10 @@ class PooledKeys:
             block_topk=block_topk,
             topk=topk,
             return_scores=return_scores,
+            out=None if out is None else self._rows(out, shape, return_scores),
         )
-        shape = (*q.shape[:-2], topk)
+        if out is not None:
+            return out
         if isinstance(found, Tensor):
             return found.view(shape)
         return found[0].view(shape), found[1].view(shape)
@@ -351,19 +357,28 @@ class PooledKeys:
         lengths, sizes = self._storage.find_all(segments), {"D": self._none.shape[1]}
         return lengths, sizes if isinstance(segments, int) else {"S": len(lengths), **sizes}
 
+    def _rows(
+        self, out: Tensor | tuple[Tensor, Tensor], shape: tuple[int, ...], return_scores: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the tensors of `out` as `hisa.index` takes them, `[S * n, topk]`."""
+        results, dtypes = selection(out, return_scores), (torch.int32, torch.float32)
+        for (name, result), dtype in zip(results.items(), dtypes, strict=False):
+            check_result(name, result, shape, dtype, self._none.device)
+        rows = [result.flatten(0, -2) for result in results.values()]
+        return (rows[0], rows[1]) if return_scores else rows[0]
+
     def _pool(self, segment: int, length: int, end: int) -> None:
         """Pool the blocks that tokens `length` to `end` of a segment complete."""
         first, last = length // self.block_size, end // self.block_size
         if first == last:
             return
         slots, tokens = self._storage.slots, slice(first * self.block_size, last * self.block_size)
-        slots.pooled_k[segment, first:last], slots.pooled_scale[segment, first:last] = (
-            hisa.pool_keys(
-                slots.k[segment, tokens],
-                k_scale=None if slots.k_scale is None else slots.k_scale[segment, tokens],
-                block_size=self.block_size,
-                pooling=self.pooling,
-            )
+        hisa.pool_keys(
+            slots.k[segment, tokens],
+            k_scale=None if slots.k_scale is None else slots.k_scale[segment, tokens],
+            block_size=self.block_size,
+            pooling=self.pooling,
+            out=(slots.pooled_k[segment, first:last], slots.pooled_scale[segment, first:last]),
         )
 
 

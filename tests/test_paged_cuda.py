@@ -80,7 +80,7 @@ class Cache:
 )
 @pytest.mark.parametrize("next_n", [1, 3])
 def test_graph_replays(dtype: torch.dtype, heads: int, next_n: int) -> None:
-    """100 replays on other keys, tables and lengths give the bytes of eager calls."""
+    """1,000 replays on other keys, tables and lengths give the bytes of eager calls."""
     cache = Cache(dtype, heads, next_n)
     cache.refill(0)
     stream = torch.cuda.Stream()
@@ -90,7 +90,7 @@ def test_graph_replays(dtype: torch.dtype, heads: int, next_n: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = cache.call()
-    for seed in range(100):
+    for seed in range(1000):
         cache.refill(seed)
         graph.replay()
         replayed = [tensor.clone() for tensor in captured]

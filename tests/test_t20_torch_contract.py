@@ -112,7 +112,8 @@ def test_schemas_are_kept() -> None:
     assert recorded == current_schemas()
     for op, text in recorded.items():
         old = torch._C.parse_schema(text)
-        new = getattr(torch.ops.hisa, op).default._schema
+        name, _, overload = op.partition(".")
+        new = getattr(getattr(torch.ops.hisa, name), overload or "default")._schema
         assert new.is_backward_compatible_with(old), op
 
 
@@ -120,7 +121,13 @@ def current_schemas() -> dict[str, str]:
     """Schemas of this build."""
     paged, around = ("paged_pool", "paged_index"), ("mask_windows", "rope_quantize", "complete")
     names = (*OPS, "certify", "exact_index", *paged, *around)
-    return {op: str(getattr(torch.ops.hisa, op).default._schema) for op in names}
+    packets = {op: getattr(torch.ops.hisa, op) for op in names}
+    schemas = {op: str(packet.default._schema) for op, packet in packets.items()}
+    return schemas | {
+        f"{op}.out": str(packet.out._schema)
+        for op, packet in packets.items()
+        if "out" in packet.overloads()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -92,12 +92,18 @@ struct Cpu {
 
 TORCH_LIBRARY_IMPL(hisa, CPU, m) {
   m.impl("pool_keys", &pool_keys<Cpu>);
+  m.impl("pool_keys.out", &pool_keys_out<Cpu>);
   m.impl("index", &hisa::index<Cpu>);
+  m.impl("index.out", &index_out<Cpu>);
   m.impl("flat_index", &flat_index<Cpu>);
+  m.impl("flat_index.out", &flat_index_out<Cpu>);
   m.impl("paged_pool", &paged_pool<Cpu>);
   m.impl("paged_index", &hisa::paged_index<Cpu>);
+  m.impl("paged_index.out", &paged_index_out<Cpu>);
   m.impl("mask_windows", &mask_windows<Cpu>);
+  m.impl("mask_windows.out", &mask_windows_out<Cpu>);
   m.impl("rope_quantize", &rope_quantize<Cpu>);
+  m.impl("rope_quantize.out", &rope_quantize_out<Cpu>);
   m.impl("complete", &hisa::complete<Cpu>);
 }
 

@@ -156,12 +156,18 @@ struct Cuda {
 
 TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", &pool_keys<Cuda>);
+  m.impl("pool_keys.out", &pool_keys_out<Cuda>);
   m.impl("index", &hisa::index<Cuda>);
+  m.impl("index.out", &index_out<Cuda>);
   m.impl("flat_index", &flat_index<Cuda>);
+  m.impl("flat_index.out", &flat_index_out<Cuda>);
   m.impl("paged_pool", &paged_pool<Cuda>);
   m.impl("paged_index", &hisa::paged_index<Cuda>);
+  m.impl("paged_index.out", &paged_index_out<Cuda>);
   m.impl("mask_windows", &mask_windows<Cuda>);
+  m.impl("mask_windows.out", &mask_windows_out<Cuda>);
   m.impl("rope_quantize", &rope_quantize<Cuda>);
+  m.impl("rope_quantize.out", &rope_quantize_out<Cuda>);
   m.impl("complete", &hisa::complete<Cuda>);
 }
 

@@ -25,11 +25,17 @@ void unavailable(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("pool_keys", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("pool_keys.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("index.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("flat_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("flat_index.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("paged_pool", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("paged_index", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("paged_index.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("mask_windows", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("mask_windows.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("rope_quantize", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("rope_quantize.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("complete", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
 }

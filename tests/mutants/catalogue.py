@@ -22,6 +22,7 @@ class Mutant(NamedTuple):
 
 PAGED = ("tests/test_paged.py", "tests/test_paged_lifetime.py", "tests/test_paged_layout.py",
          "tests/test_paged_calls.py")  # fmt: skip
+OUT = ("tests/test_t13_out.py",)
 
 MUTANTS = [
     # windows and segments
@@ -61,7 +62,7 @@ MUTANTS = [
     Mutant("one block too few", "cpu/coarse.cpp",
            "group.select(i, params.block_topk - 2);", "group.select(i, params.block_topk - 3);"),
     Mutant("pooled keys given are recomputed", "entry.h",
-           ".pooled = pooled_k.has_value()};", ".pooled = pooled_k.has_value() && topk == 0};"),
+           "= a.pooled_k.has_value()};", "= a.pooled_k.has_value() && a.topk == 0};"),
     Mutant("keys are never pooled", "plan.h",
            "slots() > block_topk;", "slots() > 2 * block_topk;"),
     # scores
@@ -177,12 +178,41 @@ MUTANTS = [
            "m * 0", tests=PAGED),
     Mutant("paged: places stop at position 0", "cpu/place.cpp", "indices[j] >= 0", "indices[j] > 0",
            tests=PAGED),
-    Mutant("paged: slots may lie in pages", "checks_paged.cpp",
+    Mutant("paged: slots may lie in pages", "memory.h",
            "return ahead >= size && ahead + other.size <= stride;", "return true;", tests=PAGED),
-    Mutant("paged: slots beside pages refused", "checks_paged.cpp",
+    Mutant("paged: slots beside pages refused", "memory.h",
            "return ahead >= size && ahead + other.size <= stride;", "return false;", tests=PAGED),
-    Mutant("paged: slots written behind autograd", "entry_paged.h", "bump_version()",
-           "version_counter()", tests=PAGED),
+    Mutant("paged: slots written behind autograd", "entry.h", "->bump_version()",
+           "->version_counter()", tests=PAGED),
+    # results in the caller's memory
+    Mutant("out: rows may be wider", "checks_output.cpp", "sizes = {q.size(0), topk};",
+           "sizes = {q.size(0), -1};", tests=OUT),
+    Mutant("out: more slots than blocks", "checks_output.cpp", "{slots}}, pooled_scale}",
+           "{-1}}, pooled_scale}", tests=OUT),
+    Mutant("out: rows may lie apart", "checks_output.cpp", "tensor.is_contiguous() && beyond == 0",
+           "beyond == 0", tests=OUT),
+    Mutant("out: alignment is not looked at", "checks_output.cpp",
+           "tensor.is_contiguous() && beyond == 0", "tensor.is_contiguous()", tests=OUT),
+    Mutant("out: gradients are cut", "checks_output.cpp", "tensor.requires_grad())", "false)",
+           tests=OUT),
+    Mutant("out: over an input", "checks_output.cpp", "if (input.tensor.has_value()) check",
+           "if (false) check", tests=OUT),
+    Mutant("out: over a pooled key", "checks_output.cpp", """{"pooled_k", a.pooled_k},
+                   {"pooled_scale", a.pooled_scale}});
+}
+
+void check_output(const FlatArguments""", """{"pooled_scale", a.pooled_scale}});
+}
+
+void check_output(const FlatArguments""", tests=OUT),
+    Mutant("out: over another result", "checks_output.cpp", "if (before->tensor.has_value())",
+           "if (false)", tests=OUT),
+    Mutant("out: written behind autograd", "entry.h", "(bump_version(results), ...);", "",
+           tests=OUT),
+    Mutant("out: scores of no pages are left", "entry_paged.h",
+           "if (scores.has_value()) scores->fill_", "if (false) scores->fill_", tests=OUT),
+    Mutant("out: scores are never wanted", "entry.h", "scores.has_value() ? scores->",
+           "false ? scores->", tests=OUT),
 ]  # fmt: skip
 
 
