@@ -96,6 +96,8 @@ def test_needle_in_an_earlier_chunk(
     """Chunked prefill, then token by token: found by every row behind it, and as in one call.
 
     Moved about, so that it lies in the first chunk, at both edges of one, and in the last.
+
+    Integration bugs: chunked prefill.
     """
     for needle in (B, NEEDLE, 3 * chunk - 1, 3 * chunk, PROMPT - 2 * B):
         if needle >= PROMPT - B:

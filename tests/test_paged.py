@@ -118,7 +118,10 @@ def test_only_the_new_blocks_are_pooled(any_family: Family) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_padded_entries(any_family: Family, dtype: torch.dtype) -> None:
-    """Lengths of 0 or less, ids that are none: -1 rows, no slot written, neighbours untouched."""
+    """Lengths of 0 or less, ids that are none: -1 rows, no slot written, neighbours untouched.
+
+    Integration bugs: padding of a CUDA graph.
+    """
     paged = exact_paged(3, dtype=dtype, B=32, page_size=16, next_n=2, lengths=[100, 130], H=2, D=16,
                         block_topk=3, topk=40)  # fmt: skip
     pooled = paged.pool(any_family)

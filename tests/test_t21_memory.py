@@ -304,6 +304,8 @@ def test_no_growth_over_100_000_steps(device: str) -> None:
 
     Sequences grow over pages and blocks and are cut back, as drafts are. Nothing stays behind: no
     byte on a GPU, and on a CPU less than ten for each step, as nothing else is as exact there.
+
+    Integration bugs: memory.
     """
     sizes: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     pages = torch.ones(24, 16, 64, **sizes)
