@@ -10,10 +10,8 @@
 // benchmarks/deepgemm_peer.py compiles this file, with kMultiprocessors on the command line, and
 // calls its one function through ctypes. It includes no torch header.
 
-#include <cuda.h>
-#include <cuda_runtime.h>
+#include "deepgemm_maps.h"
 
-#include <cstdint>
 #include <deep_gemm/impls/sm90_fp8_mqa_logits.cuh>
 // NOTE: both headers declare shared memory of this name, of different types, in one namespace.
 #define smem_buffer smem_buffer_of_clean_logits
@@ -33,40 +31,6 @@ constexpr uint32_t kCleanWarps = 8;
 
 // NOTE: both kernels wait for the kernel before them, which without an attribute of the launch they
 // need not; none is set, as in DeepGEMM's default.
-
-constexpr const char* kNoEncoder = "the driver has no cuTensorMapEncodeTiled";
-constexpr const char* kBadMap = "cuTensorMapEncodeTiled refused a tensor";
-
-using Encoder = decltype(&cuTensorMapEncodeTiled);
-
-// From the runtime, so that nothing has to be linked with the driver.
-Encoder find_encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-  const bool ok = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-  return ok ? reinterpret_cast<Encoder>(function) : nullptr;
-}
-
-struct Matrix {
-  const void* data;
-  CUtensorMapDataType type;
-  uint32_t element_bytes;
-  uint64_t rows, columns;
-  uint32_t tile_rows, tile_columns;
-  CUtensorMapSwizzle swizzle;
-};
-
-bool describe(Encoder encode, const Matrix& m, CUtensorMap* map) {
-  const cuuint64_t sizes[2] = {m.columns, m.rows};
-  const cuuint64_t strides[1] = {m.columns * m.element_bytes};
-  const cuuint32_t tile[2] = {m.tile_columns, m.tile_rows};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode(map, m.type, 2, const_cast<void*>(m.data), sizes, strides, tile, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, m.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 struct Params {
   const void* q;         // [M, H, 128] fp8
@@ -90,18 +54,22 @@ const char* launch(const Params& p, cudaStream_t stream) {
 
   static const Encoder encode = find_encoder();
   if (encode == nullptr) return kNoEncoder;
-  constexpr auto kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  constexpr auto kFloats = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  constexpr auto kPlain = CU_TENSOR_MAP_SWIZZLE_NONE;
   const uint64_t scales = (uint64_t{p.keys} + 3) / 4 * 4;
   CUtensorMap q, k, k_scale, weights;
+  const uint64_t heads = uint64_t{p.rows} * kHeads;
   const bool described =
+      describe(encode, {p.q, kBytes, {kDim, heads}, {kDim}, {kDim, kTileHeads}, kSwizzle}, &q) &&
+      describe(encode, {p.k, kBytes, {kDim, p.keys}, {kDim}, {kDim, kTileKeys}, kSwizzle}, &k) &&
       describe(encode,
-               {p.q, kBytes, 1, uint64_t{p.rows} * kHeads, kDim, kTileHeads, kDim, kSwizzle}, &q) &&
-      describe(encode, {p.k, kBytes, 1, p.keys, kDim, kTileKeys, kDim, kSwizzle}, &k) &&
-      describe(encode, {p.k_scale, kFloats, 4, 1, scales, 1, kTileKeys, kPlain}, &k_scale) &&
-      describe(encode, {p.weights, kFloats, 4, p.rows, kHeads, kTileRows, kHeads, kPlain},
+               {p.k_scale, kFloats, {scales, 1}, {scales * sizeof(float)}, {kTileKeys, 1}, kPlain},
+               &k_scale) &&
+      describe(encode,
+               {p.weights,
+                kFloats,
+                {kHeads, p.rows},
+                {kHeads * sizeof(float)},
+                {kHeads, kTileRows},
+                kPlain},
                &weights);
   if (!described) return kBadMap;
 

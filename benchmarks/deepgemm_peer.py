@@ -1,8 +1,9 @@
 """DeepGEMM's flat indexer as a peer: the fastest public kernel for Hopper, then torch.topk.
 
 DeepGEMM is not part of this tree, and its Python package is not needed: deepgemm_launcher.cu
-launches its two kernels (scores, and -inf outside of the windows) from their headers. nvcc compiles
-it at the first call, ten seconds, into a folder for temporary files, where the next run finds it.
+launches its two kernels (scores, and -inf outside of the windows) from their headers, and
+deepgemm_paged_launcher.cu those for paged caches. nvcc compiles either at the first call, ten
+seconds, into a folder for temporary files, where the next run finds it.
 
 `--deepgemm PATH` is a clone of DeepGEMM with its submodules; of its files it needs
 
@@ -11,7 +12,8 @@ it at the first call, ten seconds, into a folder for temporary files, where the 
 
 Scores of all pairs do not fit into memory, so 8192 queries take turns, or fewer where their scores
 take more than `SCORE_BYTES`: the scores of the keys up to the last that one of them may see, then
-the best of these scores.
+the best of these scores. A decode step is a single call, its schedule made before, as an engine
+makes one for all layers of a step.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 
 KERNEL = "deep_gemm/include/deep_gemm/impls/sm90_fp8_mqa_logits.cuh"
 CUTLASS = "third-party/cutlass/include/cutlass/cutlass.h"
-LAUNCHER = Path(__file__).with_name("deepgemm_launcher.cu")
+PAGED_KERNEL = KERNEL.replace("mqa", "paged_mqa")
 FLAGS = (  # as DeepGEMM compiles its kernels
     *("-std=c++20", "-O3", "-w", "--expt-relaxed-constexpr", "--expt-extended-lambda"),
     *("--ptxas-options=--register-usage-level=10", "-gencode=arch=compute_90a,code=sm_90a"),
@@ -43,14 +45,16 @@ DIM = 128
 TILE_ROWS, TILE_KEYS = 4, 256  # the kernel writes whole tiles
 CHUNK_ROWS = 8192
 SCORE_BYTES = 8 << 30
+PAGE = 64  # tokens, in the paged kernel
+NEXT_N = (1, 2)
 
-
-Launch = Callable[..., bytes | None]  # the arguments of deepgemm_logits; None, or what went wrong
+Launch = Callable[..., bytes | None]  # pointers, then numbers; None, or what went wrong
 
 
 def missing(folder: Path) -> str:
     """Return the first of the needed files that the folder lacks; an empty string if none."""
-    return next((file for file in (KERNEL, CUTLASS) if not (folder / file).is_file()), "")
+    files = (KERNEL, PAGED_KERNEL, CUTLASS)
+    return next((file for file in files if not (folder / file).is_file()), "")
 
 
 def obstacle(folder: Path | None) -> str:
@@ -84,10 +88,8 @@ def build(
     def call() -> Tensor:
         indices = torch.full((len(q), topk), -1, device=q.device, dtype=torch.int32)
         for at, scores in chunks():
-            best = scores.topk(min(topk, scores.shape[1]), sorted=False)
-            indices[at, : best.indices.shape[1]] = best.indices.masked_fill_(
-                best.values == -torch.inf, -1
-            ).int()
+            best = best_of(scores, topk)
+            indices[at, : best.shape[1]] = best
         return indices
 
     return call
@@ -133,12 +135,74 @@ def build_scores(
         for at, end in chunks:
             rows, width = at.stop - at.start, round_up(end, TILE_KEYS)
             tensors = (q[at], k, k_scale, weights[at], ks[at], ke[at], buffer)
-            error = launch(*(t.data_ptr() for t in tensors), rows, end, heads, width)
-            if error is not None:
-                raise RuntimeError(f"DeepGEMM: {error.decode()}")
+            check(launch(*(t.data_ptr() for t in tensors), rows, end, heads, width))
             yield at, buffer[: rows * width].view(rows, width)
 
     return scores
+
+
+def build_paged(folder: Path | None, *, topk: int, **inputs: Any) -> Callable[[], Tensor]:
+    """Return one call with the arguments of `hisa.paged_index`: [batch * next_n, topk], unsorted.
+
+    Raises:
+        ValueError: the peer cannot run (`obstacle` says so beforehand), or not with these tensors.
+    """
+    scores = build_paged_logits(folder, **inputs)
+    return lambda: best_of(scores(), topk)
+
+
+def build_paged_logits(
+    folder: Path | None,
+    *,
+    q: Tensor,
+    pages: Tensor,
+    weights: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    next_n: int,
+) -> Callable[[], Tensor]:
+    """Return one call that makes all scores, [batch * next_n, the table's tokens rounded up].
+
+    They are fp32, -inf behind a row's window. All pages of the table exist, up to the lengths,
+    which are at least 1.
+    """
+    if folder is None:
+        raise ValueError(obstacle(folder))
+    rows, heads, dim = q.shape
+    if heads not in HEADS or dim != DIM or next_n not in NEXT_N:
+        raise ValueError(f"q: expected [M, 32 or 64, {DIM}] and next_n 1 or 2, got {[*q.shape]}")
+    tensors = (q, pages, weights, seq_lens, block_table)
+    dtypes = (torch.float8_e4m3fn, torch.uint8, torch.float32, torch.int32, torch.int32)
+    if not all(t.dtype == d and t.is_contiguous() for t, d in zip(tensors, dtypes, strict=True)):
+        raise ValueError("expected contiguous fp8 q, uint8 pages, fp32 weights, int32 tables")
+    if pages.shape[1:] != (PAGE * (DIM + 4),):
+        raise ValueError(f"pages: expected [P, {PAGE * (DIM + 4)}], got {[*pages.shape]}")
+    batch, table_width = block_table.shape
+    width = round_up(table_width * PAGE, TILE_KEYS)
+    multiprocessors = count_multiprocessors(q.device)
+    schedule = torch.zeros(multiprocessors + 1, 2, device=q.device, dtype=torch.int32)
+    make, launch = paged_launchers(folder, q.device)
+    check(make(seq_lens.data_ptr(), schedule.data_ptr(), batch, next_n))
+    sizes = (batch, next_n, heads, len(pages), pages.shape[1], table_width, width)
+
+    def scores() -> Tensor:
+        logits = torch.empty(rows, width, device=q.device)
+        check(launch(*(t.data_ptr() for t in (*tensors, schedule, logits)), *sizes))
+        return logits
+
+    return scores
+
+
+def best_of(scores: Tensor, topk: int) -> Tensor:
+    """Return the places of the best scores of each row, unsorted, -1 where they are -inf."""
+    best = scores.topk(min(topk, scores.shape[1]), sorted=False)
+    return best.indices.masked_fill_(best.values == -torch.inf, -1).int()
+
+
+def check(error: bytes | None) -> None:
+    """Raise if a launcher says that something went wrong."""
+    if error is not None:
+        raise RuntimeError(f"DeepGEMM: {error.decode()}")
 
 
 def split(ke: Tensor) -> list[tuple[slice, int]]:
@@ -151,17 +215,40 @@ def split(ke: Tensor) -> list[tuple[slice, int]]:
 
 def launcher(folder: Path, device: torch.device) -> Launch:
     """Return the launcher's function, on the stream that is current whenever it is called."""
-    function = load(folder, torch.cuda.get_device_properties(device).multi_processor_count)
+    library = load(folder, KERNEL, "deepgemm_launcher.cu", count_multiprocessors(device))
+    return on_stream(library.deepgemm_logits, 7, 4, device)
+
+
+def paged_launchers(folder: Path, device: torch.device) -> tuple[Launch, Launch]:
+    """Return the paged launcher's functions: one that makes a schedule, and one that uses it."""
+    count = count_multiprocessors(device)
+    library = load(folder, PAGED_KERNEL, "deepgemm_paged_launcher.cu", count)
+    schedule = on_stream(library.deepgemm_schedule, 2, 2, device)
+    return schedule, on_stream(library.deepgemm_paged_logits, 7, 7, device)
+
+
+def on_stream(function: Any, pointers: int, numbers: int, device: torch.device) -> Launch:
+    """Return a library's function, with the current stream behind its other arguments."""
+    types = [ctypes.c_void_p] * pointers + [ctypes.c_uint32] * numbers
+    function.argtypes = [*types, ctypes.c_void_p]
+    function.restype = ctypes.c_char_p
     return lambda *a: function(*a, torch.cuda.current_stream(device).cuda_stream)
 
 
+def count_multiprocessors(device: torch.device) -> int:
+    """Return how many there are; the kernels have it as a constant."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @cache
-def load(folder: Path, multiprocessors: int) -> Any:
-    """Compile the launcher, if no earlier run has, and return its function."""
+def load(folder: Path, kernel: str, source: str, multiprocessors: int) -> ctypes.CDLL:
+    """Compile a launcher, if no earlier run has, and return its library."""
     includes = [folder / "deep_gemm/include", folder / "third-party/cutlass/include"]
     command = [str(nvcc()), *FLAGS, f"-DkMultiprocessors={multiprocessors}"]
     command += [f"-I{include.resolve()}" for include in includes]
-    content = (folder / KERNEL).read_bytes() + LAUNCHER.read_bytes() + repr(command).encode()
+    here = Path(__file__).parent
+    files = (folder / kernel, here / source, here / "deepgemm_maps.h")
+    content = b"".join(file.read_bytes() for file in files) + repr(command).encode()
     cached = Path(tempfile.gettempdir()) / f"hisa-deepgemm-{os.getuid()}"
     cached.mkdir(mode=0o700, exist_ok=True)
     if cached.stat().st_uid != os.getuid():
@@ -169,12 +256,9 @@ def load(folder: Path, multiprocessors: int) -> Any:
     library = cached / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not library.exists():
         half_done = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(half_done), str(LAUNCHER)], check=True)
+        subprocess.run([*command, "-o", str(half_done), str(here / source)], check=True)
         half_done.rename(library)
-    function = ctypes.CDLL(str(library)).deepgemm_logits
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_uint32] * 4 + [ctypes.c_void_p]
-    function.restype = ctypes.c_char_p
-    return function
+    return ctypes.CDLL(str(library))
 
 
 def nvcc() -> str | None:

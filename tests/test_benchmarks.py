@@ -6,10 +6,13 @@ import ctypes
 import importlib.util
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hisa
 from benchmarks import deepgemm_peer, report, summary, tilelang_peer
@@ -17,6 +20,7 @@ from benchmarks.__main__ import find_cases, parse
 from benchmarks.cases import cuda_prefill
 from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import causal, overlap, torch_flat
+from hisa import reference_paged
 
 EXAMPLE = """
 import neighbour
@@ -76,8 +80,8 @@ def test_the_option_takes_the_example(example: Path, capsys: pytest.CaptureFixtu
 
 def clone(folder: Path) -> Path:
     """Return a folder that has the files which DeepGEMM is known by."""
-    for file in (deepgemm_peer.KERNEL, deepgemm_peer.CUTLASS):
-        (folder / file).parent.mkdir(parents=True)
+    for file in (deepgemm_peer.KERNEL, deepgemm_peer.PAGED_KERNEL, deepgemm_peer.CUTLASS):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("")
     return folder
 
@@ -89,10 +93,11 @@ def test_the_option_takes_a_clone_of_deepgemm(
     known = find_cases()
     assert parse(["cuda_prefill", "--deepgemm", str(clone(tmp_path))], known).deepgemm == tmp_path
     assert parse(["cuda_prefill"], known).deepgemm is None
-    (tmp_path / deepgemm_peer.CUTLASS).unlink()
-    with pytest.raises(SystemExit):
-        parse(["--deepgemm", str(tmp_path)], known)
-    assert f"expected a folder with {deepgemm_peer.CUTLASS}, got" in capsys.readouterr().err
+    for file in (deepgemm_peer.CUTLASS, deepgemm_peer.PAGED_KERNEL):
+        (tmp_path / file).unlink()
+        with pytest.raises(SystemExit):
+            parse(["--deepgemm", str(tmp_path)], known)
+        assert f"expected a folder with {file}, got" in capsys.readouterr().err
 
 
 def test_deepgemm_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +110,25 @@ def test_deepgemm_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert deepgemm_peer.obstacle(tmp_path) == "nvcc is not found"
 
 
+FP8, FP32, INT32 = torch.float8_e4m3fn, torch.float32, torch.int32
+
+
+def at_addresses(
+    pointers: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """Return what a launcher gets as tensors."""
+    return [
+        torch.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(at), dtype=dtype)
+        for at, n, dtype in zip(pointers, sizes, dtypes, strict=True)
+    ]
+
+
 def launch(*arguments: int) -> None:
     """Do what DeepGEMM's kernels do, on a CPU."""
     *pointers, rows, keys, heads, stride = arguments
     sizes = (rows * heads * 128, keys * 128, keys, rows * heads, rows, rows, rows * stride)
-    fp8, fp32, int32 = torch.float8_e4m3fn, torch.float32, torch.int32
-    dtypes = (fp8, fp8, fp32, fp32, int32, int32, fp32)
-    q, k, k_scale, weights, ks, ke, out = (
-        torch.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(at), dtype=dtype)
-        for at, n, dtype in zip(pointers, sizes, dtypes, strict=True)
-    )
+    dtypes = (FP8, FP8, FP32, FP32, INT32, INT32, FP32)
+    q, k, k_scale, weights, ks, ke, out = at_addresses(pointers, sizes, dtypes)
     dots = torch.einsum("mhd,nd->mhn", q.view(rows, heads, 128).float(), k.view(keys, 128).float())
     tokens = torch.arange(keys)
     outside = (tokens < ks[:, None]) | (tokens >= ke[:, None])
@@ -149,6 +163,58 @@ def test_deepgemm_refuses_what_its_kernel_does_not_take(tmp_path: Path, name: st
         deepgemm_peer.build(tmp_path, **{**inputs, name: inputs[name].double()}, topk=4)
     with pytest.raises(ValueError, match=r"q: expected \[M, 32 or 64, 128\], got \[4, 64, 64\]"):
         deepgemm_peer.build(tmp_path, **{**inputs, "q": inputs["q"][..., :64]}, topk=4)
+
+
+def launch_paged(*arguments: int) -> None:
+    """Do what DeepGEMM's paged kernels do, on a CPU."""
+    *pointers, batch, next_n, heads, pages, page_bytes, width, stride = arguments
+    rows = batch * next_n
+    sizes = (rows * heads * 128, pages * page_bytes, rows * heads, batch, batch * width)
+    dtypes = (FP8, torch.uint8, FP32, INT32, INT32)
+    q, cache, weights, lengths, table = at_addresses(pointers[:5], sizes, dtypes)
+    (out,) = at_addresses(pointers[6:], (rows * stride,), (FP32,))
+    out = out.view(rows, stride).fill_(-torch.inf)
+    keys, scales = reference_paged.split_pages(cache.view(pages, page_bytes), 128)
+    for row in range(rows):
+        ids = table.view(batch, width)[row // next_n].long()
+        dots = keys[ids].view(-1, 128).float() @ q.view(rows, heads, 128)[row].float().T
+        scores = (dots.relu() * weights.view(rows, heads)[row]).sum(1) * scales[ids].view(-1)
+        end = int(lengths[row // next_n]) - next_n + row % next_n + 1
+        out[row, :end] = scores[:end]
+
+
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_deepgemm_reads_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, next_n: int) -> None:
+    """What it selects is what hisa.paged_index does with every block kept."""
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(deepgemm_peer, "count_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(
+        deepgemm_peer, "paged_launchers", lambda *_: (lambda *a: made.append(a), launch_paged)
+    )
+    rows, heads = 3 * next_n, 32
+    keys = torch.randn(15, 64 * 128).to(FP8).view(torch.uint8)
+    inputs: dict[str, Any] = {
+        "q": torch.randn(rows, heads, 128).to(FP8),
+        "pages": torch.cat([keys, torch.rand(15, 64).view(torch.uint8)], 1),
+        "weights": torch.randn(rows, heads),
+        "block_table": torch.randperm(15).int().view(3, 5),
+        "seq_lens": torch.tensor([320, 40, 257], dtype=torch.int32),
+        "next_n": next_n,
+    }
+    found = deepgemm_peer.build_paged(tmp_path, topk=50, **inputs)()
+    assert made[0][2:] == (3, next_n)
+    pooled = (torch.zeros(15, 128).to(FP8), torch.zeros(15))
+    wanted = hisa.paged_index(**inputs, pooled=pooled, block_topk=3, topk=50)
+    assert found.shape == (rows, 50) and overlap(wanted, found) == 1
+    assert ((found >= 0).sum(1) == (wanted >= 0).sum(1)).all()
+    assert deepgemm_peer.build_paged_logits(tmp_path, **inputs)().shape == (rows, 512)
+    for bad, message in (
+        ({"next_n": 3}, "and next_n 1 or 2"),
+        ({"pages": inputs["pages"][:, 1:].contiguous()}, r"expected \[P, 8448\], got \[15, 8447\]"),
+        ({"seq_lens": inputs["seq_lens"].long()}, "int32 tables"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deepgemm_peer.build_paged_logits(tmp_path, **{**inputs, **bad})
 
 
 def test_selections_are_compared_before_they_are_timed() -> None:

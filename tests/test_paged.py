@@ -118,7 +118,10 @@ def test_only_the_new_blocks_are_pooled(any_family: Family) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_padded_entries(any_family: Family, dtype: torch.dtype) -> None:
-    """Lengths of 0 or less, ids that are none: -1 rows, no slot written, neighbours untouched."""
+    """Lengths of 0 or less, ids that are none: -1 rows, no slot written, neighbours untouched.
+
+    Integration bugs: padding of a CUDA graph.
+    """
     paged = exact_paged(3, dtype=dtype, B=32, page_size=16, next_n=2, lengths=[100, 130], H=2, D=16,
                         block_topk=3, topk=40)  # fmt: skip
     pooled = paged.pool(any_family)
@@ -162,6 +165,25 @@ def test_a_sequence_ends_at_a_hole(any_family: Family) -> None:
             expected = raw(before).clone()
             pages = table[0, 1:hole:2].tolist()
             expected[pages] = raw(full)[pages]
+            assert torch.equal(raw(mine), expected)
+
+
+@pytest.mark.parametrize("hole", [2046, 2048, 2050, 4998, 5000])
+def test_a_hole_far_behind(any_family: Family, hole: int) -> None:
+    """A long row of the table is looked at to its end: the last block is the one before a hole."""
+    paged = exact_paged(9, B=32, page_size=16, next_n=1, lengths=[32], dtype=torch.float32)
+    first, last = paged.block_table[0, :2].tolist()
+    other = next(page for page in range(len(paged.pages)) if page not in (first, last))
+    table = torch.full((1, 5000), other, dtype=torch.int32)  # of NaN, and few pages in all
+    table[0, hole - 2 : hole] = paged.block_table[0, :2]
+    table[0, hole:] = -1
+    for length in (80_000, INT_MAX):
+        where = {"block_table": table, "seq_lens": int32([length])}
+        pooled = paged.replace(**where).pool(any_family, new_tokens=1)
+        for mine, before, alone in zip(pooled.pooled(), paged.pooled(),
+                                       paged.pool(any_family).pooled(), strict=True):  # fmt: skip
+            expected = raw(before).clone()
+            expected[last] = raw(alone)[last]
             assert torch.equal(raw(mine), expected)
 
 

@@ -80,7 +80,10 @@ class Cache:
 )
 @pytest.mark.parametrize("next_n", [1, 3])
 def test_graph_replays(dtype: torch.dtype, heads: int, next_n: int) -> None:
-    """1,000 replays on other keys, tables and lengths give the bytes of eager calls."""
+    """1,000 replays on other keys, tables and lengths give the bytes of eager calls.
+
+    Integration bugs: padding of a CUDA graph.
+    """
     cache = Cache(dtype, heads, next_n)
     cache.refill(0)
     stream = torch.cuda.Stream()
@@ -102,7 +105,10 @@ def test_graph_replays(dtype: torch.dtype, heads: int, next_n: int) -> None:
     ("dtype", "heads"), KINDS, ids=lambda x: short_name(x) if isinstance(x, torch.dtype) else x
 )
 def test_calls_in_several_parts(dtype: torch.dtype, heads: int) -> None:
-    """A table so wide that a few sequences fill the workspace: they are taken a few at a time."""
+    """A table so wide that a few sequences fill the workspace: they are taken a few at a time.
+
+    Integration bugs: chunked prefill with a buffer that is too small.
+    """
     width = 2**22
     narrow, wide = Cache(dtype, heads, 2), Cache(dtype, heads, 2, width)
     assert width // 2 * D * 3 > 2**28  # bytes of pooled keys of three sequences

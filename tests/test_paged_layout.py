@@ -36,7 +36,10 @@ def spread(tensor: Tensor, entry: int, offset: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_layouts(any_family: Family, dtype: torch.dtype) -> None:
-    """DeepGEMM's view, that of vLLM, pages in a larger pool, transposed tables: the same bytes."""
+    """DeepGEMM's view, that of vLLM, pages in a larger pool, transposed tables: the same bytes.
+
+    Integration bugs: the layout of a cache.
+    """
     paged = small(dtype)
     pooled = paged.pool(any_family)
     want = pooled.index(any_family)

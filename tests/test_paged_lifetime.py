@@ -135,7 +135,10 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize(("page_size", "size"), [(16, 16), (16, 32), (32, 128)])
 def test_random_lives(family: Family, dtype: torch.dtype, page_size: int, size: int) -> None:
-    """Sequences start, grow, fork, are cut and end at random; at every step all are right."""
+    """Sequences start, grow, fork, are cut and end at random; at every step all are right.
+
+    Integration bugs: prefix caches, pages that leak, drafts on a shared prefix.
+    """
     server = Server(family, dtype, page_size, size, 200, seed=page_size + size)
     server.start()
     for _ in range(60):
@@ -190,7 +193,10 @@ def append_these(server: Server, target: Sequence, source: Sequence, tokens: sli
 
 
 def test_a_reused_page_keeps_a_stale_pooled_key(family: Family) -> None:
-    """A freed page's pooled key is not read by its next owner, and is replaced when it may be."""
+    """A freed page's pooled key is not read by its next owner, and is replaced when it may be.
+
+    Integration bugs: prefix caches.
+    """
     server = Server(family, FP8, 16, 32, 14)
     first = server.start()
     server.append(first, 14 * 16)
@@ -209,7 +215,10 @@ def test_a_reused_page_keeps_a_stale_pooled_key(family: Family) -> None:
 
 
 def test_a_rejected_draft_is_pooled_again(family: Family) -> None:
-    """A block that was complete, cut back and filled with other tokens has a new pooled key."""
+    """A block that was complete, cut back and filled with other tokens has a new pooled key.
+
+    Integration bugs: speculative rollback.
+    """
     server = Server(family, torch.bfloat16, 16, 32, 20)
     sequence = server.start()
     server.append(sequence, 4 * 32 - 2)

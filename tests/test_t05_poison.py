@@ -134,7 +134,10 @@ def test_fresh_memory_is_poison(family: Family, dirty_memory: None) -> None:
 @pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
 @pytest.mark.parametrize("start", range(0, 100, 20))
 def test_guard_pages(family: Family, start: int, after: bool) -> None:
-    """200 calls in which every input touches an unmapped page: a stray read kills the process."""
+    """200 calls in which every input touches an unmapped page: a stray read kills the process.
+
+    Integration bugs: what is worth copying to find them: guard pages and NaN.
+    """
     if family.device != "cpu":
         pytest.skip("on the CPU; test_guarded_memory_on_cuda is its counterpart")
     for seed in range(start, start + 20):

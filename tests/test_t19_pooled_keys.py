@@ -226,7 +226,10 @@ def test_every_split_is_one_shot(device: str, dtype: torch.dtype) -> None:
 
 
 def test_a_rejected_draft_leaves_no_trace(device: str) -> None:
-    """Tokens that complete blocks and are rolled back are as if they had never been there."""
+    """Tokens that complete blocks and are rolled back are as if they had never been there.
+
+    Integration bugs: speculative rollback.
+    """
     given, draft = call(device, BF16, 61), call(device, BF16, 40)
     plain, drafted = (
         hisa.PooledKeys(2, D, device=device, block_size=8, capacity=128) for _ in range(2)

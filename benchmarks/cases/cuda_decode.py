@@ -5,11 +5,13 @@ fp8, 64 heads, D = 128, pages of 64 tokens in random order, DeepSeek-V3.2's sett
 `append` is paged_pool after one token. A call is a replay of its graph, so no host time is in it.
 
 TileLang, whose pipeline has no pages, selects for one sequence of adjacent keys, not in a graph.
+DeepGEMM's paged kernel makes the scores of the flat indexer, alone and with torch.topk, in a graph
+likewise; the schedule that it takes is made beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor
 
 import hisa
-from benchmarks import drift, report, tilelang_peer
+from benchmarks import deepgemm_peer, drift, report, tilelang_peer
 from benchmarks.cases import cuda_prefill
-from benchmarks.cases.cuda_prefill import TILELANG
+from benchmarks.cases.cuda_prefill import DEEPGEMM, DEEPGEMM_SHARE, LOGITS, TILELANG
 from benchmarks.harness import Bench
 
 DEVICE = "cuda"
@@ -37,8 +39,7 @@ pages are wanted. Designs, us of the four shapes, five tokens shorter, by a scri
 the repository: kept blocks gathered, then two flat calls, 72, 116, 172, 515; keys read from their
 pages by the copy engine, 54, 96, 75, 146.
 
-In `append` every sequence completes a block, as it does once in 128 steps: one warp a block, which
-looks up the page of each token. Where none does, a step took 4.4 us (no command repeats that)."""
+In `append` every sequence completes a block, as it does once in 128 steps."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,13 @@ def make_inputs(batch: int, tokens: int, next_n: int) -> dict[str, Any]:
 
 
 def build(
-    peer: str, *, tilelang: Path | None = None, batch: int, tokens: int, next_n: int
+    peer: str,
+    *,
+    tilelang: Path | None = None,
+    deepgemm: Path | None = None,
+    batch: int,
+    tokens: int,
+    next_n: int,
 ) -> Callable[[], object]:
     """Return one peer's call."""
     if peer == TILELANG:
@@ -98,6 +105,11 @@ def build(
     inputs = make_inputs(batch, tokens, next_n)
     q, pages, weights = (inputs[name] for name in ("q", "pages", "weights"))
     pooled, where = inputs["pooled"], inputs["where"]
+    if peer in (DEEPGEMM, LOGITS):
+        same: dict[str, Any] = {"q": q, "pages": pages, "weights": weights, "next_n": next_n}
+        if peer == LOGITS:
+            return captured(deepgemm_peer.build_paged_logits(deepgemm, **same, **where))
+        return captured(deepgemm_peer.build_paged(deepgemm, topk=TOPK, **same, **where))
     if peer == APPEND:
         return captured(lambda: hisa.paged_pool(pages, *pooled, **where))
     kept = BLOCK_TOPK if peer == HISA else tokens // BLOCK
@@ -134,21 +146,38 @@ def bytes_read(shape: Shape) -> int:
     return shape.batch * KEY_BYTES * (shape.tokens // BLOCK + shape.next_n * kept)
 
 
+def foreign(bench: Bench, shape: Shape) -> list[str]:
+    """Return the peers from elsewhere that can run, after a look at what they select."""
+    if bench.quick:
+        return []
+    peers = {DEEPGEMM: deepgemm_peer.obstacle(bench.deepgemm)}
+    if shape.batch * shape.next_n == 1:
+        peers[TILELANG] = tilelang_peer.obstacle(bench.tilelang)
+    for peer, reason in peers.items():
+        if reason:
+            bench.skip(peer, asdict(shape), reason)
+    ready = [peer for peer, reason in peers.items() if not reason]
+    if DEEPGEMM in ready:
+        build_both = partial(build, deepgemm=bench.deepgemm)
+        bench.agree(build_both, (FLAT, DEEPGEMM), asdict(shape), partial(check_deepgemm, bench))
+        ready.append(LOGITS)
+    return ready
+
+
+def check_deepgemm(bench: Bench, results: Mapping[str, object]) -> None:
+    """Note what share of the tokens of `flat` DeepGEMM has; raise if it is too small."""
+    cuda_prefill.check_share(bench, FLAT, DEEPGEMM, DEEPGEMM, DEEPGEMM_SHARE, HEADS, results)
+
+
 def run(bench: Bench) -> None:
     """Measure every shape with its peers, then say what they are of memory's speed."""
     bench.note_kernels((HEADS, torch.float8_e4m3fn))
     found = {}
     for shape in [QUICK] if bench.quick else list(GOALS):
-        peers = [HISA, FLAT, APPEND]
-        if shape.batch * shape.next_n == 1 and not bench.quick:
-            reason = tilelang_peer.obstacle(bench.tilelang)
-            if reason:
-                bench.skip(TILELANG, asdict(shape), reason)
-            else:
-                peers.append(TILELANG)
+        peers = [HISA, FLAT, APPEND, *foreign(bench, shape)]
         found[shape] = bench.measure(
-            partial(build, tilelang=bench.tilelang), peers, asdict(shape), memory=[HISA],
-            min_runs=20, max_runs=50, seconds=0.5,
+            partial(build, tilelang=bench.tilelang, deepgemm=bench.deepgemm), peers, asdict(shape),
+            memory=[HISA], min_runs=20, max_runs=50, seconds=0.5,
         )  # fmt: skip
         make_inputs.cache_clear()
         torch.cuda.empty_cache()

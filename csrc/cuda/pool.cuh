@@ -1,4 +1,5 @@
-// A block of keys pooled to one key, by a warp.
+// A block of keys pooled to one key by a warp; and the sum of a channel, for paged_pool.cu as well,
+// so that both give the same bits.
 //
 //   mean   sum_i k[i] * k_scale[i] / count, tokens added one after the other, in fp32
 //   max    the largest k[i] * k_scale[i] of each channel; NaN if there is one
@@ -6,6 +7,8 @@
 // fp8 is quantised again with the scale max(amax / 448, 1e-10). Cost: the keys are read once, a few
 // KB of each warp on their way.
 #pragma once
+
+#include <limits>
 
 #include "lanes.cuh"
 
@@ -20,13 +23,24 @@ struct TokenAt {
   const float* scale;
 };
 
-// The four channels from `channel` on of count 0 to `count`. find(i) says where token i lies.
+// Of one channel: before its first token, and with one token more.
+template <bool kMean>
+inline constexpr float kNothingPooled = kMean ? 0.0F : -std::numeric_limits<float>::infinity();
+
+template <bool kMean>
+__device__ __forceinline__ float pool_value(float pooled, float key, float scale) {
+  const float value = __fmul_rn(key, scale);
+  return kMean ? __fadd_rn(pooled, value) : larger(pooled, value);
+}
+
+// The four channels from `channel` on of tokens 0 to `count`. find(i) says where token i lies.
 template <class T, bool kMean, class Find>
 __device__ __forceinline__ Floats pool_channels(int count, int channel, Find find) {
   constexpr int kTokens = kInFlight / (kPiece * sizeof(T));  // a lane has the scale of each
   static_assert(kTokens <= 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  Floats pooled{};
+  constexpr float kNone = kNothingPooled<kMean>;
+  Floats pooled{kNone, kNone, kNone, kNone};
 #pragma unroll 1
   for (int first = 0; first < count; first += kTokens) {
     Bits<T> x[kTokens];
@@ -42,12 +56,9 @@ __device__ __forceinline__ Floats pool_channels(int count, int channel, Find fin
       const bool inside = first + i < count;
 #pragma unroll
       for (int j = 0; j < kLane; ++j) {
-        const float value = __fmul_rn(wide.at[j], scale);
-        const float sum = pooled.at[j];
-        const float next = kMean            ? __fadd_rn(sum, value)
-                           : first + i == 0 ? value
-                                            : larger(sum, value);
-        pooled.at[j] = inside ? next : sum;
+        const float before = pooled.at[j];
+        const float after = pool_value<kMean>(before, wide.at[j], scale);
+        pooled.at[j] = inside ? after : before;
       }
     }
   }

@@ -78,6 +78,7 @@ def test_prefill_on_tensor_cores(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "attention"), VARIANTS)
 @pytest.mark.parametrize("padding", PADDING)
 def test_prefill(kind: str, attention: str, padding: str) -> None:
+    """Integration bugs: padding."""
     model = shared_model(kind, attention)
     mask = PADDING[padding](LENGTH)
 
@@ -104,6 +105,7 @@ def test_few_rows_at_a_time(model: Any, rows: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("kind", "attention"), VARIANTS)
 def test_packed_sequences(kind: str, attention: str) -> None:
+    """Integration bugs: packed documents."""
     model = shared_model(kind, attention)
     lengths = [3, 40, 1, 33]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -118,6 +120,7 @@ def test_packed_sequences(kind: str, attention: str) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_chunked_prefill_and_decode(model: Any, cache: str, padding: str) -> None:
+    """Integration bugs: chunked prefill, static caches."""
     mask = PADDING[padding](LENGTH)
 
     def run(seed: int) -> Tensor:
@@ -153,6 +156,7 @@ GENERATION: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", GENERATION)
 def test_generate(generator: Any, mode: str) -> None:
+    """Integration bugs: generation modes, reordered beams among them."""
     batch = 1 if mode == "prompt lookup" else 2
     mask = torch.ones(batch, 44, dtype=torch.long)
     if batch > 1:
@@ -169,7 +173,10 @@ def test_generate(generator: Any, mode: str) -> None:
 
 
 def test_assisted_decoding(generator: Any) -> None:
-    """A draft model proposes tokens, most are rejected, and both caches are cropped."""
+    """A draft model proposes tokens, most are rejected, and both caches are cropped.
+
+    Integration bugs: assisted decoding.
+    """
     assistant = build(generator.config.model_type.removesuffix("_text"))
     for parameter in assistant.parameters():
         generated = torch.Generator().manual_seed(1)
@@ -237,6 +244,7 @@ def test_cached_keys_are_the_models_own(kind: str, dtype: torch.dtype, autocast:
 
 @pytest.mark.parametrize(("kind", "attention"), VARIANTS)
 def test_inference_mode_and_autograd(kind: str, attention: str) -> None:
+    """Integration bugs: training."""
     model = shared_model(kind, attention)
     assert_same(model, torch.inference_mode()(lambda seed: hidden(model, tokens(2, 40, seed))))
 

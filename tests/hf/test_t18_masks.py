@@ -139,6 +139,7 @@ def test_what_is_no_window_is_named(case: str) -> None:
 
 
 def test_holes_fall_back_with_one_warning(deepseek: Any) -> None:
+    """Integration bugs: a fallback that nothing tests."""
     ids = tokens(2, 60)
     mask = torch.ones(60, 60).bool().tril()
     mask[40:, 10:13] = False

@@ -151,6 +151,7 @@ MUTATIONS: dict[str, Mutation] = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_is_noticed(kind: str, mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integration bugs: RoPE, Hadamard, ReLU and head weights, norm, causality."""
     model = shared_model(kind)
     mask = PADDING["left"](LENGTH)
 

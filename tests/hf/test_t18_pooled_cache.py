@@ -94,7 +94,10 @@ def test_generate(pooling: Any, mode: str, options: str, monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore:hisa. attention mask")  # a draft may hold padding tokens
 @pytest.mark.parametrize("options", OPTIONS)
 def test_rejected_drafts(pooling: Any, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both models are patched, and their caches cropped; each call takes up what is left."""
+    """Both models are patched, and their caches cropped; each call takes up what is left.
+
+    Integration bugs: speculative rollback.
+    """
     assistant = build(pooling.config.model_type)
     for parameter in assistant.parameters():
         random = torch.Generator().manual_seed(1)
@@ -130,7 +133,10 @@ def test_a_chat_of_many_turns(pooling: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_what_befalls_a_cache(pooling: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps in between which rows are repeated and selected, keys written to, caches exchanged."""
+    """Steps in between which rows are repeated and selected, keys written to, caches exchanged.
+
+    Integration bugs: a pooled cache that is stale.
+    """
 
     def run() -> Tensor:
         config, rows, length = pooling.config, 2, 50

@@ -64,7 +64,10 @@ class Recorder:
 def test_scores_in_fp8(
     deepseek: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """Queries, weights and keys multiply to what the model's own do, within fp8's rounding."""
+    """Queries, weights and keys multiply to what the model's own do, within fp8's rounding.
+
+    Integration bugs: Hadamard and scales, compared after quantisation.
+    """
     recorder = Recorder(monkeypatch)
     with hisa.patch(deepseek, **PRUNING, precision="fp8", **options) as handle:
         deepseek(tokens(1, 40))

@@ -100,9 +100,11 @@ def test_chunks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("projected")
 @pytest.mark.parametrize("pad", [1, 7, 8, 13])
 def test_left_padding_and_neighbours_do_not_matter(pad: int) -> None:
+    """Integration bugs: padding tokens that write NaN into the cache."""
     states, q = random_input(1, 70)
     alone = choose(states, q, causal(1, 70))
     noise, other = random_input(3, 70 + pad, seed=1)
+    noise[1, :pad], other[1, :pad] = torch.nan, torch.nan
     noise[1, pad:], other[1, pad:] = states[0], q[0]
     mask = causal(3, 70 + pad).clone()
     mask[1, :, :pad] = False
@@ -130,7 +132,10 @@ def test_packed_documents_are_as_if_alone() -> None:
 
 @pytest.mark.usefixtures("projected")
 def test_key_in_an_earlier_chunk_is_found() -> None:
-    """A needle, blocks away from both ends of the context, in a chunk that was cached before."""
+    """A needle, blocks away from both ends of the context, in a chunk that was cached before.
+
+    Integration bugs: chunked prefill.
+    """
     states, q = random_input(1, 160)
     states[..., CHANNELS:] = 1.0
     q[:, -1] = 3.0

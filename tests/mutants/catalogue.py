@@ -24,6 +24,8 @@ PAGED = ("tests/test_paged.py", "tests/test_paged_lifetime.py", "tests/test_page
          "tests/test_paged_calls.py")  # fmt: skip
 OUT = ("tests/test_t13_out.py",)
 
+PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
+
 MUTANTS = [
     # windows and segments
     Mutant("ks ignored", "windows.h", "= wanted < 0 ? 0 : wanted;", "= wanted * 0;"),
@@ -227,6 +229,20 @@ CUDA_MUTANTS = [
            "scale < kMinScale ? kMinScale : scale", "scale"),
     Mutant("pool: largest of a lane's own", "cuda/lanes.cuh",
            "__reduce_max_sync(~0U, most)", "most"),
+    Mutant("pool: a missing page ahead of the end", "cuda/pages.cuh",
+           "return first_missing << shift;", "return wanted_;", tests=PAGED_CUDA),
+    Mutant("pool: ids behind those read at first", "cuda/pages.cuh",
+           "page = at(kAhead);", "page = at(2 * kAhead);", tests=PAGED_CUDA),
+    Mutant("pool: the block copied ahead for every other", "cuda/paged_pool.cu",
+           "end != ahead || first > 0", "ahead == 0 || first > 0", tests=PAGED_CUDA),
+    Mutant("pool: no barrier behind the last reader", "cuda/paged_pool.cu",
+           "        __syncthreads();  // behind the last reader\n", "", tests=PAGED_CUDA),
+    Mutant("pool: one page for all of a block", "cuda/paged_pool.cu",
+           "__shfl_sync(~0U, id, run)", "__shfl_sync(~0U, id, 0)", tests=PAGED_CUDA),
+    Mutant("pool: scales of the first page", "cuda/paged_pool.cu",
+           "(token >> run_shift) % 32", "0", tests=PAGED_CUDA),
+    Mutant("pool: one warp's magnitude", "cuda/paged_pool.cu",
+           "return find_amax(all);", "return of_warp;", tests=PAGED_CUDA),
     # coarse
     Mutant("coarse: slot rounds down", "cuda/coarse.cuh",
            "(row.origin + size - 1) >>", "row.origin >>"),
