@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Family:
     name: str
     device: str = "cpu"
     isa: str | None = None  # what hisa._C.set_cpu_isa takes
+    split: bool = True  # what hisa._C.split_few_rows takes
     module: str = "hisa"  # the module that has index, flat_index and pool_keys
     cpu_order: bool = True  # sums run in the order that the CPU path documents
     dot_roundoff: float = DOT_ROUNDOFF["cpu"]  # unit roundoff of the sums inside a dot product
@@ -37,15 +38,14 @@ class Family:
     @contextmanager
     def active(self) -> Iterator[Family]:
         """Make this family the one that runs."""
-        if self.isa is None:
-            yield self
-            return
         extension = importlib.import_module("hisa._C")
-        extension.set_cpu_isa(self.isa)
+        extension.set_cpu_isa(self.isa or "auto")
+        extension.split_few_rows(self.split)
         try:
             yield self
         finally:
             extension.set_cpu_isa("auto")
+            extension.split_few_rows(True)
 
     @property
     def api(self) -> Any:
@@ -98,6 +98,8 @@ class Family:
 
 CPU = Family("cpu-baseline", isa="baseline")
 CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=DOT_ROUNDOFF["cuda"])
+# On Hopper, the kernels for many rows, whatever the number of rows: tests have few.
+CUDA_MANY = replace(CUDA, name="cuda-many", split=False)
 REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
 
 FAMILIES = (
@@ -105,6 +107,7 @@ FAMILIES = (
     Family("cpu-avx2", isa="avx2"),
     Family("cpu-avx512", isa="avx512"),
     CUDA,
+    CUDA_MANY,
 )
 
 
@@ -119,7 +122,8 @@ def usable_isas() -> list[str]:
 
 def available() -> list[Family]:
     """Return the kernel families of this build that this machine can run."""
-    return [f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda())]
+    found = [f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda())]
+    return found if hopper() else [f for f in found if f.split]
 
 
 def usable_cuda() -> bool:

@@ -8,7 +8,7 @@ The rest of the suite runs on these kernels with `--shapes hopper`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from tests import test_t16_layout as layouts
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
-from tests.families import CPU, CUDA, hopper
+from tests.families import CPU, CUDA, CUDA_MANY, Family, hopper
 from tests.numeric import short_name
 
 pytestmark = [
@@ -28,6 +28,13 @@ pytestmark = [
     pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0, and kernels for it"),
 ]
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=[CUDA, CUDA_MANY], ids=lambda family: family.name)
+def either_kernel(request: pytest.FixtureRequest) -> Iterator[Family]:
+    """Few rows by the kernel that is made for them, and by those for many."""
+    with request.param.active():
+        yield request.param
 
 
 def check(case: Case) -> None:

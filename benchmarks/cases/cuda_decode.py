@@ -126,6 +126,7 @@ def build(
 def captured(call: Callable[[], Tensor | None]) -> Callable[[], object]:
     """Capture a call in a CUDA graph, and return its replay."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     stream.synchronize()

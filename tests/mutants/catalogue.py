@@ -24,6 +24,8 @@ PAGED = ("tests/test_paged.py", "tests/test_paged_lifetime.py", "tests/test_page
          "tests/test_paged_calls.py")  # fmt: skip
 OUT = ("tests/test_t13_out.py",)
 
+SPLIT = ("tests/test_split.py", "tests/test_cuda_hopper.py", "tests/test_paged.py",
+         "tests/test_t03_window_edges.py", "--families", "cuda", "--shapes", "hopper")  # fmt: skip
 PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
 
 MUTANTS = [
@@ -364,6 +366,30 @@ CUDA_MUTANTS = [
            "geometry.grid * row;", "row;"),
     Mutant("launch: on the default stream", "cuda/api.cpp",
            "getCurrentCUDAStream()", "getDefaultCUDAStream()"),
+    # few rows
+    Mutant("split: the last tile of a part", "cuda/sm90/split.cuh",
+           "tiles * (rank_ + 1) / params_.peers}",
+           "tiles * (rank_ + 1) / params_.peers - (rank_ > 0)}", tests=SPLIT),
+    Mutant("split: tokens in front of the window", "cuda/sm90/split.cuh",
+           "i < skipped || i >= n ? kNowhere", "i >= n ? kNowhere", tests=SPLIT),
+    Mutant("split: rows behind a sequence's last", "cuda/sm90/split_row.cuh",
+           " - static_cast<int32_t>(later)", "", tests=SPLIT),
+    Mutant("split: missing pages", "cuda/sm90/split_row.cuh",
+           ">= table.pages) missing", "> table.pages) missing", tests=SPLIT),
+    Mutant("split: ties of the warps before", "cuda/sm90/split_select.cuh",
+           "left = bar.ties - ties_before", "left = bar.ties", tests=SPLIT),
+    Mutant("split: all ties pass", "cuda/sm90/split_select.cuh",
+           "left > 0 && equal != 0", "equal != 0", tests=SPLIT),
+    Mutant("split: scores of a bin as they come", "cuda/sm90/split_select.cuh",
+           "above < need && need", "need > 0 && need", tests=SPLIT),
+    Mutant("split: NaN is ranked", "cuda/sm90/split_select.cuh",
+           "if (score == score) ranked", "ranked", tests=SPLIT),
+    Mutant("split: the range of one peer", "cuda/sm90/split.cuh",
+           "merge(ranges[min(lane, params_.peers - 1)])", "merge(ranges[0])", tests=SPLIT),
+    Mutant("split: huge weights", "cuda/sm90/split.cuh",
+           "!__any_sync(~0U, huge)", "true", tests=SPLIT),
+    Mutant("split: swizzle of narrow rows", "cuda/sm90/split_memory.cuh",
+           ": row / 2 % 4", ": row % 4", tests=SPLIT),
 ]  # fmt: skip
 
 

@@ -16,16 +16,41 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 int log2_of(int64_t power) { return std::countr_zero(static_cast<uint64_t>(power)); }
 
+// That a row has at once, in whole tiles.
+struct Scores {
+  int64_t kept;  // blocks
+  int64_t slots, tokens;
+
+  explicit Scores(const Shape& shape)
+      : kept(std::min(shape.block_topk, shape.slots())),
+        slots(shape.slots() > shape.block_topk ? round_up(shape.slots(), kSplitTile) : 0),
+        tokens(round_up(kept * shape.block_size, kSplitTile)) {}
+};
+
+SplitLayout lay_out(const Shape& shape, const Scores& scores, bool alone) {
+  constexpr int64_t kTiles = kSplitScorers * kSplitStages;
+  const int64_t row = shape.dim * element_size(shape.type);
+  const int64_t chosen = std::max(std::min(shape.topk, scores.tokens), scores.kept);
+  SplitLayout at{};
+  at.keys = shape.heads * row;
+  // Where keys were, there is a histogram later, then what is selected.
+  at.scale = at.keys + std::max(kTiles * kSplitTile * row,
+                                round_up(std::max(chosen, kSplitBins + kMostRanked), 4) * 4);
+  at.slots = at.scale + kTiles * kSplitTile * 4;
+  // NOTE: a peer may send scores of tokens while this block still chooses among blocks.
+  at.tokens = alone ? at.slots : at.slots + scores.slots * 4;
+  at.blocks = at.tokens + std::max(scores.tokens, alone ? scores.slots : 0) * 4;
+  at.shared = at.blocks + round_up(scores.kept, 4) * 4;
+  at.total = at.shared + static_cast<int64_t>(sizeof(SplitShared));
+  return at;
+}
+
 // All but where the keys are.
-SplitParams fill(const Queries& queries, const Output& output, int64_t block_topk,
-                 const SplitPlan& plan) {
+SplitParams fill(const Queries& queries, const Output& output, int64_t block_topk) {
   SplitParams params{};
   params.queries = queries;
   params.output = output;
   params.block_topk = static_cast<uint32_t>(block_topk);
-  params.slots = plan.slots;
-  params.tokens = plan.tokens;
-  params.kept = plan.kept;
   params.next_n = 1;
   return params;
 }
@@ -61,29 +86,21 @@ SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits, int64_t pag
   SplitPlan plan{};
   plan.shared_limit = limits.shared_block;
   plan.device = limits.device;
-  const int64_t kept = std::min(shape.block_topk, shape.slots());
-  const int64_t tokens = round_up(kept * shape.block_size, kSplitTile);
-  const int64_t slots =
-      shape.slots() > shape.block_topk ? round_up(shape.slots(), kSplitTile) : int64_t{0};
-  const auto bytes = [&](bool alone) {
-    const int64_t row = shape.dim * element_size(shape.type);
-    return lay_out_split(shape.heads, row, slots, tokens, kept, alone).total;
-  };
-  plan.slots = static_cast<uint32_t>(slots);
-  plan.tokens = static_cast<uint32_t>(tokens);
-  plan.kept = static_cast<uint32_t>(kept);
-  plan.alone = bytes(true);
+  const Scores scores(shape);
+  plan.tiles = std::max(scores.slots, scores.tokens) / kSplitTile;
+  plan.alone = lay_out(shape, scores, true);
+  plan.together = lay_out(shape, scores, false);
   // More than half of a multiprocessor's: peers share it with nobody.
-  plan.together = std::max(bytes(false), limits.shared_total / 2 + 1);
-  plan.splits = splitting && !shape.flat() && std::max(slots, tokens) <= kMostScores &&
+  plan.together.total = std::max(plan.together.total, limits.shared_total / 2 + 1);
+  plan.splits = splitting && !shape.flat() && plan.tiles * kSplitTile <= kMostScores &&
                 shape.rows <= kBlocks * limits.multiprocessors &&
                 page_stride <= std::numeric_limits<uint32_t>::max() &&
-                std::max(plan.alone, plan.together) <= limits.shared_block;
+                std::max(plan.alone.total, plan.together.total) <= limits.shared_block;
   return plan;
 }
 
 cudaError_t launch_split(const RowsParams& rows, const SplitPlan& plan, cudaStream_t stream) {
-  SplitParams params = fill(rows.queries, rows.output, rows.block_topk, plan);
+  SplitParams params = fill(rows.queries, rows.output, rows.block_topk);
   params.block_shift = rows.block_shift;
   params.keys = adjacent(rows.keys);
   params.pooled = adjacent(rows.pooled);
@@ -93,7 +110,7 @@ cudaError_t launch_split(const RowsParams& rows, const SplitPlan& plan, cudaStre
 }
 
 cudaError_t launch_split(const PagedIndexParams& call, const SplitPlan& plan, cudaStream_t stream) {
-  SplitParams params = fill(call.queries, call.output, call.block_topk, plan);
+  SplitParams params = fill(call.queries, call.output, call.block_topk);
   params.block_shift = log2_of(call.block_size);
   params.keys = in_pages(call.keys);
   params.pooled = in_pages(call.pooled);

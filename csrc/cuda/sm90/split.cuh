@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     split_kernel(const __grid_constant__ SplitParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char start[];
-  const SplitMemory<C> memory(start, params);
+  const SplitMemory<C> memory(start, params.at);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) memory.full(i).init(1);
     ptx::fence_barrier_init();

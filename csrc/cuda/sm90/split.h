@@ -18,6 +18,8 @@ inline constexpr int kSplitWarps = kSplitThreads / 32;
 inline constexpr int kSplitTile = 64;   // keys of a product
 inline constexpr int kSplitStages = 2;  // tiles of a scorer in shared memory
 inline constexpr int64_t kMostScores = 16384;  // of a row at once, on chip
+inline constexpr int64_t kSplitBins = 4 * kSplitThreads;  // of a histogram
+inline constexpr int64_t kMostRanked = 256;  // scores of a bin
 
 // Where keys lie, by number: key n is key n % 2^page_shift of page n >> page_shift. Keys that lie
 // side by side are on a single page.
@@ -26,6 +28,11 @@ struct Storage {
   const float* scale;  // null: all 1
   uint32_t page_stride, stride, scale_page_stride;  // bytes
   int page_shift;
+};
+
+// Of shared memory, bytes from its start on: queries, then the rest.
+struct SplitLayout {
+  int64_t keys, scale, slots, tokens, blocks, shared, total;
 };
 
 struct SplitParams {
@@ -41,14 +48,14 @@ struct SplitParams {
   uint32_t block_topk;
   int block_shift;  // log2 of the block size
   uint32_t peers;   // blocks of a cluster
-  uint32_t slots, tokens, kept;  // scores and blocks that there is room for
+  SplitLayout at;
 };
 
 struct SplitPlan {
   bool splits;  // whether it is a call for this kernel
-  uint32_t slots, tokens, kept;  // see SplitParams
-  int64_t alone, together;  // bytes of shared memory of a block, without peers and with
-  int64_t shared_limit;     // that one block can have
+  int64_t tiles;  // of a row at once, at most
+  SplitLayout alone, together;  // without peers and with
+  int64_t shared_limit;  // bytes that one block can have
   int device;
 };
 
@@ -68,24 +75,6 @@ struct alignas(16) SplitShared {
   float bar;
   uint32_t ties;
 };
-
-// Of shared memory, bytes from its start on. Products want tiles to begin at multiples of 1024.
-struct SplitLayout {
-  int64_t keys, scale, slots, tokens, blocks, shared, total;
-};
-HISA_HOST_DEVICE constexpr SplitLayout lay_out_split(int64_t heads, int64_t row_bytes,
-                                                     int64_t slots, int64_t tokens, int64_t kept,
-                                                     bool alone) {
-  const int64_t tiles = kSplitScorers * kSplitStages;
-  const int64_t scale = heads * row_bytes + tiles * kSplitTile * row_bytes;
-  const int64_t at = scale + tiles * kSplitTile * 4;
-  // NOTE: a peer may send scores of tokens while this block still chooses among blocks.
-  const int64_t at_tokens = alone ? at : at + slots * 4;
-  const int64_t end = alone && slots > tokens ? at + slots * 4 : at_tokens + tokens * 4;
-  const int64_t shared = end + (kept + 3) / 4 * 16;
-  return {
-      heads * row_bytes, scale, at, at_tokens, end, shared, shared + int64_t{sizeof(SplitShared)}};
-}
 
 // Whether, and how, a call that sm90::takes() is split; the largest distance of pages, if there are
 // any, in bytes.

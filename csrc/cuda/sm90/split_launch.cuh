@@ -20,7 +20,7 @@ class SplitLaunch {
     attributes_[1].val.clusterDim = {peers, 1, 1};
     config_.gridDim = dim3(static_cast<unsigned>(rows * peers));
     config_.blockDim = dim3(C::kThreads);
-    config_.dynamicSmemBytes = static_cast<size_t>(peers == 1 ? plan.alone : plan.together);
+    config_.dynamicSmemBytes = static_cast<size_t>((peers == 1 ? plan.alone : plan.together).total);
     config_.stream = stream;
     config_.attrs = attributes_;
     config_.numAttrs = 2;
@@ -51,8 +51,7 @@ cudaError_t find_peers(const SplitPlan& plan, int64_t rows, uint32_t& peers) {
     }
     device = plan.device;
   }
-  const uint32_t tiles = std::max(plan.slots, plan.tokens) / kSplitTile;
-  peers = std::min<uint32_t>(kMostPeers, tiles);
+  peers = static_cast<uint32_t>(std::min<int64_t>(kMostPeers, plan.tiles));
   while (peers > 1 && clusters[peers] < rows) --peers;
   return cudaSuccess;
 }
@@ -60,6 +59,7 @@ cudaError_t find_peers(const SplitPlan& plan, int64_t rows, uint32_t& peers) {
 template <class C>
 cudaError_t launch_split_kernel(SplitParams params, const SplitPlan& plan, cudaStream_t stream) {
   if (const auto error = find_peers<C>(plan, params.queries.rows, params.peers)) return error;
+  params.at = params.peers == 1 ? plan.alone : plan.together;
   const SplitLaunch<C> launch(plan, params.queries.rows, params.peers, stream);
   return cudaLaunchKernelEx(&launch.config(), split_kernel<C>, params);
 }

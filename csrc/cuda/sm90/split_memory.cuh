@@ -41,28 +41,20 @@ struct SplitMemory {
   float* tokens;
   int32_t* blocks;  // [kept] first tokens, ascending
 
-  __device__ SplitMemory(char* start, const SplitParams& params)
-      : shared(*reinterpret_cast<SplitShared*>(start + lay_out(params).shared)) {
-    const SplitLayout at = lay_out(params);
-    queries = start;
-    keys = start + at.keys;
-    scale = reinterpret_cast<float*>(start + at.scale);
-    slots = reinterpret_cast<float*>(start + at.slots);
-    tokens = reinterpret_cast<float*>(start + at.tokens);
-    blocks = reinterpret_cast<int32_t*>(start + at.blocks);
-  }
+  __device__ SplitMemory(char* start, const SplitLayout& at)
+      : shared(*reinterpret_cast<SplitShared*>(start + at.shared)),
+        queries(start),
+        keys(start + at.keys),
+        scale(reinterpret_cast<float*>(start + at.scale)),
+        slots(reinterpret_cast<float*>(start + at.slots)),
+        tokens(reinterpret_cast<float*>(start + at.tokens)),
+        blocks(reinterpret_cast<int32_t*>(start + at.blocks)) {}
 
   // What is selected, where keys were.
   __device__ uint32_t* chosen() const { return reinterpret_cast<uint32_t*>(keys); }
   // All scores of blocks (0) or of tokens (1) have come from the peers.
   __device__ ptx::Barrier& full(int i) const {
     return reinterpret_cast<ptx::Barrier*>(shared.full)[i];
-  }
-
- private:
-  __device__ static SplitLayout lay_out(const SplitParams& params) {
-    return lay_out_split(C::kHeads, C::kRowBytes, params.slots, params.tokens, params.kept,
-                         params.peers == 1);
   }
 };
 

@@ -14,9 +14,6 @@
 
 namespace hisa::cuda::sm90 {
 
-inline constexpr uint32_t kSplitBins = 4 * kSplitThreads;
-inline constexpr uint32_t kMostRanked = 256;
-
 // All threads call it, before the barrier in front of the selection.
 __device__ __forceinline__ void begin_selection(SplitShared& shared, uint32_t* space) {
   reinterpret_cast<uint4*>(space)[threadIdx.x] = {0, 0, 0, 0};
