@@ -9,10 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hisa.masks import scan
+from hisa.masks import scan, trace
 from hisa.windows import Windows
 
-__all__ = ["WindowCache", "Windows", "scan"]
+__all__ = ["WindowCache", "Windows", "scan", "trace"]
 
 
 @dataclass
