@@ -40,7 +40,18 @@ STEPS = 256  # for which a static cache has room
 class Decoder:
     """An indexer whose cache is full of random keys, and its inputs for one token."""
 
-    def __init__(self, keys: int, hidden: int, q_lora: int, dtype: torch.dtype, cache: str) -> None:
+    def __init__(
+        self,
+        keys: int,
+        hidden: int,
+        q_lora: int,
+        dtype: torch.dtype,
+        cache: str,
+        *,
+        heads: int = HEADS,
+        topk: int = TOPK,
+        steps: int = STEPS,
+    ) -> None:
         from transformers import DynamicCache, StaticCache
         from transformers.models.deepseek_v32 import DeepseekV32Config
         from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
@@ -49,9 +60,9 @@ class Decoder:
         config = DeepseekV32Config(
             hidden_size=hidden,
             q_lora_rank=q_lora,
-            index_n_heads=HEADS,
+            index_n_heads=heads,
             index_head_dim=DIM,
-            index_topk=TOPK,
+            index_topk=topk,
             num_hidden_layers=1,
             mlp_layer_types=["dense"],
         )
@@ -59,7 +70,7 @@ class Decoder:
         self.rotary = deepseek.DeepseekV32RotaryEmbedding(config)
         self.states = torch.randn(1, 1, hidden, dtype=dtype)
         self.resid = torch.randn(1, 1, q_lora, dtype=dtype)
-        self.room = keys + STEPS if cache == "static" else 0
+        self.room = keys + steps if cache == "static" else 0
         self.past: Any = (
             StaticCache(config=config, max_cache_len=self.room)
             if self.room
