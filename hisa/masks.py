@@ -11,6 +11,7 @@ own, exactly as if it stood alone.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,12 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     if broken:
         return "attention mask with a row that is not one range"
     windows = _pack(ks, ke, batch, queries, mask.shape[2])
-    windows = replace(windows, longest=longest if ks.numel() else 0)
+    windows = replace(
+        windows,
+        longest=longest if ks.numel() else 0,
+        reach=min(longest + latest, mask.shape[2]),
+        measured=True,
+    )
     if not latest:
         return windows
     starts, kept = _starts(windows)
@@ -86,8 +92,13 @@ def misfit(mask: Tensor, batch: int, queries: int) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _knows(dtype: torch.dtype) -> bool:
+    return dtype in _mask_dtypes()
+
+
+@functools.cache
+def _mask_dtypes() -> frozenset[torch.dtype]:
     known: Any = _extension.require().build_info()["mask_dtypes"]
-    return dtype in known
+    return frozenset(known)
 
 
 def _pack(ks: Tensor, ke: Tensor, batch: int, queries: int, keys: int) -> Windows:
@@ -97,10 +108,11 @@ def _pack(ks: Tensor, ke: Tensor, batch: int, queries: int, keys: int) -> Window
     return Windows(
         keys=keys,
         longest=keys,
+        reach=keys,
         ks=ks,
         ke=ke,
-        packed_ks=ks + origins[:-1, None],
-        packed_ke=ke + origins[:-1, None],
+        packed_ks=ks if batch == 1 else ks + origins[:-1, None],
+        packed_ke=ke if batch == 1 else ke + origins[:-1, None],
         cu_seqlens_k=origins,
     )
 
