@@ -26,8 +26,8 @@ HISA, HISA_FP8 = "patched", "patched, fp8"
 AGAIN = ", nothing kept"
 HEADS, DIM, TOPK, BLOCK_TOPK = 16, 128, 512, 16
 LIMIT = """
-What limits the gain in one step of one layer at 32K tokens is what every peer does: with projections
-of full size the reading of their weights, and in a dynamic cache the copy of all keys. In float32
+What limits the gain in one step of one layer at 32K tokens is what every peer does: with full
+projections the reading of their weights, and in a dynamic cache the copy of all keys. In float32
 and a dynamic cache that alone takes a quarter of the unpatched module's time or more, so that a
 fourth of it is out of reach. What the patch adds is about 1.1 ms whatever the cache and the
 projections: by torch's profiler and cProfile 0.2 to 0.3 ms of selecting, and some forty small
