@@ -387,6 +387,19 @@ def test_quantised_keys_are_kept_before_any_row_is_pruned(chat: Chat) -> None:
     assert chat.kept.reused == 5
 
 
+def test_a_window_beyond_the_keys_of_a_static_cache() -> None:
+    """Its zeros count as keys then, so that a block of some of them is no longer the last one."""
+    chat = Chat(0, "static", SETTINGS["model"])
+    chat.pads = [0]
+    for count, seen in ((60, 60), (1, 61), (1, 100), (1, 100), (1, 64), (1, 100)):
+        k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
+        found = windows(count, seen, k.shape[1], [[0]])
+        expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
+        slots = blocks(k.shape[1], found.starts(), chat.settings.block_size, seen)
+        assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
+    assert chat.kept.reused == 5
+
+
 def test_layers_that_share_windows_but_not_a_past() -> None:
     """What is found out about windows for one layer is not taken for another of other settings."""
     chats = [Chat(0, "dynamic", SETTINGS[name]) for name in ("model", "max")]
