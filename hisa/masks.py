@@ -83,15 +83,15 @@ def misfit(mask: Tensor, batch: int, queries: int) -> str | None:
     fits = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, queries)
     if not fits or (mask.shape[2] == 1 and queries > 1):  # one value for all keys
         return f"attention mask of shape {list(mask.shape)}"
-    if not _knows(mask.dtype):
+    if not knows(mask.dtype):
         return f"attention mask of dtype {mask.dtype}"
     if batch * mask.shape[2] >= 2**31:
         return "2**31 keys or more in one batch"
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _knows(dtype: torch.dtype) -> bool:
+def knows(dtype: torch.dtype) -> bool:
+    """Say whether masks may have this dtype. A graph takes the answer as it is: see hisa/hf."""
     return dtype in _mask_dtypes()
 
 
