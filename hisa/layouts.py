@@ -119,6 +119,7 @@ def batched_windows(
     return Windows(
         keys=keys,
         longest=keys,
+        reach=keys,
         ks=start,
         ke=end,
         packed_ks=start + origins[:-1, None],
@@ -167,6 +168,7 @@ def packed_windows(
     return Windows(
         keys=keys,
         longest=keys,
+        reach=keys,
         ks=ks[None],
         ke=ke[None],
         packed_ks=ks[None],

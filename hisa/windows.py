@@ -24,11 +24,13 @@ class Windows:
 
     keys: int  # T: keys per batch entry
     longest: int  # length of the longest window, or what it cannot exceed
+    reach: int  # no window ends behind this key
     ks: Tensor  # [B, S] int32
     ke: Tensor  # [B, S] int32, equal to ks where a row is masked out entirely
     packed_ks: Tensor  # [B, S] int32
     packed_ke: Tensor  # [B, S] int32
     cu_seqlens_k: Tensor  # [segments + 1] int32
+    measured: bool = False  # whether `longest` is the length of a window, not only a limit
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # for all layers
 
     def can_prune(self, block_size: int, block_topk: int) -> bool:
@@ -39,6 +41,8 @@ class Windows:
         """Count the rows whose window meets more blocks than are kept."""
         if not self.can_prune(block_size, block_topk):
             return 0
+        if self.measured and self.ks.numel() == 1:  # blocks tile the only window from its start
+            return int(self.longest > block_topk * block_size)
 
         def count() -> int:
             starts = self.cu_seqlens_k[:-1]

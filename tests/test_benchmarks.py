@@ -17,7 +17,7 @@ from torch import Tensor
 import hisa
 from benchmarks import deepgemm_peer, report, summary, tilelang_peer
 from benchmarks.__main__ import find_cases, parse
-from benchmarks.cases import cuda_prefill
+from benchmarks.cases import cuda_decode_module, cuda_prefill, decode_module
 from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import causal, overlap, torch_flat
 from hisa import reference_paged
@@ -272,3 +272,23 @@ def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool)
                      "2.00 s, 2.0x", "cuda_prefill")  # fmt: skip
     assert memory[0] == "memory of 8 x 8, H=2, random, portable"
     assert memory[1:3] == ("1.00 GiB", "1.00 GiB" if measured else "")
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decode_steps_of_the_module(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case for a GPU, on a CPU: peers take the same steps, and agree where all blocks fit."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(cuda_decode_module, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_decode_module, "ROOM", 64)
+    monkeypatch.setattr(cuda_decode_module, "STEPS", 3)
+    monkeypatch.setattr(
+        cuda_decode_module, "COMPILING", {"fullgraph": True, "backend": "aot_eager"}
+    )
+    compiled = [cuda_decode_module.COMPILED] if cache == "static" else []
+    results = {
+        peer + how: cuda_decode_module.build(peer + how, keys=3000, cache=cache)()
+        for peer in (decode_module.OWN, decode_module.HISA)
+        for how in ("", *compiled)
+    }
+    cuda_decode_module.check(results)
+    torch._dynamo.reset()

@@ -8,14 +8,15 @@ from collections import Counter
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .audit import LayerAudit
 from .exact import LayerExact
-from .indexer import select
+from .indexer import make_hierarchical, select
 from .kept import KeptKeys
-from .masks import WindowCache, Windows
+from .masks import WindowCache, Windows, trace
 from .models import IndexerSpec
+from .rotation import Indexer
 from .settings import Settings
 from .slots import Replacement
 from .status import LayerStatus
@@ -30,6 +31,7 @@ class Shared:
         self.lock = threading.Lock()  # guards what follows, and the counters of all layers
         self._longest = 0
         self._pruned = False
+        self.compiled = False  # whether there were calls of which nothing is known
         self._warned: set[str] = set()
 
     def note(self, longest: int, pruned_rows: int) -> None:
@@ -41,7 +43,7 @@ class Shared:
     def warn_if_never_pruned(self) -> None:
         """Warn if no window so far was long enough for a block to be skipped."""
         with self.lock:
-            longest = 0 if self._pruned else self._longest
+            longest = 0 if self._pruned or self.compiled else self._longest
         if longest:
             self.warn_once(
                 "budget",
@@ -69,6 +71,7 @@ class PatchedForward(Replacement):
         "_rows",
         "audit",
         "exact",
+        "hierarchical",
         "kept",
         "layer",
         "name",
@@ -80,7 +83,7 @@ class PatchedForward(Replacement):
         self,
         name: str,
         layer: int,
-        module: nn.Module,
+        module: Indexer,
         spec: IndexerSpec,
         shared: Shared,
         exact: LayerExact | None,
@@ -93,13 +96,12 @@ class PatchedForward(Replacement):
         self.shared = shared
         self.exact = exact
         self.audit = audit
-        self.kept = KeptKeys(shared.settings)
+        settings = shared.settings
+        self.hierarchical = make_hierarchical(settings, settings.topk or module.index_topk)
+        self.kept = KeptKeys(settings)
         self._calls = self._rows = self._pruned_rows = 0
         self._fallbacks: Counter[str] = Counter()
 
-    # Whether a mask can be turned into windows is decided on the host, so a compiled model breaks
-    # its graph here and the selection runs eagerly.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def __call__(
         self,
@@ -120,7 +122,60 @@ class PatchedForward(Replacement):
         own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
         if not self.installed:  # the patch was removed, but something still holds this forward
             return cast(Tensor, self.original(*own))
+        if torch.compiler.is_compiling() and self._in_graph(cache):
+            return self._trace(*own)
+        return cast(Tensor, self._run(*own))
 
+    def clear(self) -> None:
+        """Forget what is kept beside caches."""
+        self.kept.clear()
+
+    def _in_graph(self, cache: Any) -> bool:
+        """Say whether a compiled model can have this in its graph: nothing happens on the host."""
+        return not (self.audit or self.exact) and (cache is None or cache.is_compileable)
+
+    def _trace(
+        self,
+        hidden_states: Tensor,
+        q_resid: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        cache: Any | None,
+    ) -> Tensor:
+        """Select inside of a compiled model, where sizes are known and no data is.
+
+        So a mask cannot make it fall back, nothing is counted, and all keys are prepared again:
+        whether what is kept still holds is found out on the host.
+        """
+        own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
+        windows = trace(attention_mask, *hidden_states.shape[:2])
+        if isinstance(windows, str):
+            return cast(Tensor, self.original(*own))
+        self.shared.compiled = True
+        return select(
+            self.module,
+            self.spec,
+            self.hierarchical,
+            windows,
+            hidden_states,
+            q_resid,
+            position_embeddings,
+            cache,
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run(
+        self,
+        hidden_states: Tensor,
+        q_resid: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        cache: Any | None,
+    ) -> Tensor:
+        """Select with what is known of the mask and the cache on the host."""
+        own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
         shared, (batch, queries) = self.shared, hidden_states.shape[:2]
         found = shared.windows.get(attention_mask, batch, queries, self.layer)
         if isinstance(found, str):
@@ -130,7 +185,7 @@ class PatchedForward(Replacement):
         selected = select(
             self.module,
             self.spec,
-            shared.settings,
+            self.hierarchical,
             found,
             hidden_states,
             q_resid,
@@ -143,10 +198,6 @@ class PatchedForward(Replacement):
         if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt
             shared.warn_if_never_pruned()
         return selected
-
-    def clear(self) -> None:
-        """Forget what is kept beside caches."""
-        self.kept.clear()
 
     def _count(self, windows: Windows, rows: int) -> None:
         settings = self.shared.settings

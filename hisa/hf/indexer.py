@@ -27,18 +27,18 @@ from hisa.module import (
     rows_per_chunk,
 )
 from hisa.quantize import scoring_dtype
+from hisa.settings import Settings
 from hisa.windows import Windows
 
 from .kept import KeptKeys, Prepare
 from .models import IndexerSpec
 from .rotation import Angles, Indexer, rotate
-from .settings import Settings
 
 
 def select(
     module: Indexer,
     spec: IndexerSpec,
-    settings: Settings,
+    hierarchical: HierarchicalIndexer,
     windows: Windows,
     hidden_states: Tensor,
     q_resid: Tensor,
@@ -49,23 +49,24 @@ def select(
 ) -> Tensor:
     """Return the selected positions of every query, [B, S, min(topk, T)] int32.
 
-    An `index` runs in place of `hisa.index`. `kept` is from earlier calls of the same indexer.
+    An `index` runs in place of `hisa.index`. `kept` is from earlier calls of the same indexer;
+    without it, all keys are prepared.
 
     Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
-    batch = hidden_states.shape[0]
+    batch, settings = hidden_states.shape[0], hierarchical.settings
     k = project_keys(module, spec, hidden_states, position_embeddings, q_resid)
     prepare: Prepare = functools.partial(prepare_keys, settings)
-    if cache is not None:
-        k, prepare = (kept or KeptKeys(settings)).append(cache, module.layer_idx, k)
+    if kept is not None and cache is not None:
+        k, prepare = kept.append(cache, module.layer_idx, k)
+    elif cache is not None:
+        k = cache.update_indexer(k, module.layer_idx)
     if k.shape[:2] != (batch, windows.keys):
         raise ValueError(
             f"attention_mask: expected one column for each of the {k.shape[1]} keys, "
             f"got {windows.keys}"
         )
-    topk = settings.topk or module.index_topk
-    width = min(topk, windows.keys)
 
     def project(rows: slice) -> tuple[Tensor, Tensor]:
         cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
@@ -78,11 +79,13 @@ def select(
         return complete(indices, ks, ke, keys=windows.keys)
 
     def prunes() -> bool:  # asked when the first rows are projected, since the answer takes a while
+        if torch.compiler.is_compiling():  # which there is none for in a graph
+            return windows.can_prune(settings.block_size, settings.block_topk)
         return windows.pruned_rows(settings.block_size, settings.block_topk) > 0
 
     dtype = scoring_dtype(q_resid.dtype, k.dtype)
     row_bytes = batch * module.n_heads * module.head_dim * dtype.itemsize
-    return hierarchical(settings, topk).select_rows(
+    return hierarchical.select_rows(
         project,
         k,
         windows,
@@ -90,14 +93,14 @@ def select(
         finish=finish,
         prepare=lambda k, dtype: prepare(k, dtype, windows, prune=prunes()),
         dtype=dtype,
-        topk=width,
+        topk=min(hierarchical.topk, windows.keys),
         index=index,
     )
 
 
 @functools.lru_cache(maxsize=32)
-def hierarchical(settings: Settings, topk: int) -> HierarchicalIndexer:
-    """Return the indexer that selects for all layers with these settings."""
+def make_hierarchical(settings: Settings, topk: int) -> HierarchicalIndexer:
+    """Return what selects in all layers with these settings."""
     return HierarchicalIndexer(**{**asdict(settings), "topk": topk})
 
 

@@ -45,8 +45,8 @@ class Renewal(NamedTuple):
     """How the pooled keys of an earlier call become those of a later one."""
 
     source: Tensor | None  # [slots] int64: where each was; None if all are where they were
-    slots: Tensor  # [P] int64: of the blocks to pool
-    tokens: Tensor  # [P * block_size] int64: their keys
+    # Of the blocks to pool, if there are some: their slots [P], their keys [P * block_size], int64.
+    fresh: tuple[Tensor, Tensor] | None
 
 
 class KeptKeys:
@@ -140,11 +140,12 @@ def renew(
     pooled = record.pooled
     if renewal.source is not None:
         pooled = pooled[0][renewal.source], pooled[1][renewal.source]
-    if len(renewal.slots):
-        scale = None if k_scale is None else k_scale[renewal.tokens]
-        fresh = pool(settings, Keys(k[renewal.tokens], scale, None), None)
+    if renewal.fresh is not None:
+        slots, tokens = renewal.fresh
+        scale = None if k_scale is None else k_scale[tokens]
+        fresh = pool(settings, Keys(k[tokens], scale, None), None)
         for to, made in zip(pooled, fresh, strict=True):
-            to[renewal.slots] = made
+            to[slots] = made
     return keys._replace(pooled=pooled)
 
 
@@ -156,7 +157,9 @@ def plan_renewal(
     Args:
         first, last: which of the T keys of each entry are new.
 
-    Block b of a segment that begins at token t of all entries has the slot `ceil(t / B) + b`.
+    Block b of a segment that begins at token t of all entries has the slot `ceil(t / B) + b`. A
+    block that the last of the new keys does not complete is pooled with the one that does, unless
+    a window goes beyond these keys: until then it is the last one of every window that meets it.
     """
     keys, starts = windows.keys, windows.starts()
     slots, had_slots = (-(-len(starts) * length // block_size) for length in (keys, had))
@@ -169,16 +172,23 @@ def plan_renewal(
             before, now = (-(-(entry * length + start) // block_size) for length in (had, keys))
             changed, past = (min(max(0, token - start), end - start) for token in (first, last))
             blocks = (end - start) // block_size
-            low, high = changed // block_size, min(blocks, -(-past // block_size))
+            low, high = changed // block_size, past // block_size
+            if windows.reach > last:
+                high = min(blocks, -(-past // block_size))
             if source is not None:
                 source[now : now + low] = torch.arange(before, before + low, device="cpu")
             fresh += [now + block for block in range(low, high)]
             tokens += [entry * keys + start + block * block_size for block in range(low, high)]
+    where = None if source is None else upload(source, device)
+    if not fresh:
+        return Renewal(where, None)
     first_tokens = torch.tensor(tokens, dtype=torch.int64, device="cpu")[:, None]
     return Renewal(
-        None if source is None else upload(source, device),
-        upload(torch.tensor(fresh, dtype=torch.int64, device="cpu"), device),
-        upload((first_tokens + torch.arange(block_size, device="cpu")).flatten(), device),
+        where,
+        (
+            upload(torch.tensor(fresh, dtype=torch.int64, device="cpu"), device),
+            upload((first_tokens + torch.arange(block_size, device="cpu")).flatten(), device),
+        ),
     )
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hisa.masks import scan
+from hisa.masks import knows, scan, trace
 from hisa.windows import Windows
 
-__all__ = ["WindowCache", "Windows", "scan"]
+__all__ = ["WindowCache", "Windows", "scan", "trace"]
+
+# NOTE: here, since `import hisa` alone is to be without torch's compiler.
+torch.compiler.assume_constant_result(knows)
 
 
 @dataclass

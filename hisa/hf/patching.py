@@ -127,7 +127,12 @@ def patch(
 
     Only the given instances change. Patching again replaces the settings; `remove()` then restores
     the true originals. state_dict, `save_pretrained`, pickling and deepcopy see an unpatched model.
-    A compiled model breaks its graph at each patched indexer.
+
+    A compiled model has the patched indexers in its graph, if its cache is static or it has none.
+    There all keys are pooled in each step, with "fp8" quantised too; calls are not counted; and no
+    call is left to the model's own indexer: under a mask that is not one range of keys per query,
+    a query chooses among all keys from its first to its last, of which attention then sees those
+    that the mask has. With a growing cache, `audit` or `exact` the graph breaks at each indexer.
 
     Args:
         model: Any module that contains supported indexers, or is one.

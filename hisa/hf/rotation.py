@@ -47,7 +47,7 @@ def rotate(
     """
     turned = module.qk_rope_head_dim
     first = module.head_dim - turned if spec.rope_last else 0
-    interleaved = find_layout(rotary(spec), x.dtype, x.device) if _fits(x, angles, first) else None
+    interleaved = layout(spec, x.dtype, x.device) if _fits(x, angles, first) else None
     if interleaved is not None:
         y, scale = rope_quantize(
             x,
@@ -95,6 +95,12 @@ def _fits(x: Tensor, angles: Angles, first: int) -> bool:
         and cos.shape[2] % 8 == 0
         and first % 8 == 0
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def layout(spec: IndexerSpec, dtype: torch.dtype, device: torch.device) -> bool | None:
+    """Return what `find_layout` does, for the function that a model has now."""
+    return find_layout(rotary(spec), dtype, device)
 
 
 @functools.lru_cache(maxsize=64)

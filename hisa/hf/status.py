@@ -15,7 +15,7 @@ class LayerStatus:
 
     name: str
     state: Literal["patched", "shared", "removed"]  # shared: reuses an earlier layer's selection
-    calls: int = 0
+    calls: int = 0  # those inside of compiled graphs do not count, here and below
     rows: int = 0  # queries answered by hisa
     pruned_rows: int = 0  # of these, the ones that saw more blocks than are kept
     fallbacks: Mapping[str, int] | None = None  # calls left to the model's own indexer, by reason

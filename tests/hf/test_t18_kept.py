@@ -61,13 +61,14 @@ def windows(rows: int, used: int, keys: int, starts: list[list[int]]) -> Windows
     return found
 
 
-def blocks(keys: int, starts: tuple[tuple[int, ...], ...], size: int) -> list[int]:
-    """Return the slots of complete blocks, counted token by token."""
+def blocks(keys: int, starts: tuple[tuple[int, ...], ...], size: int, used: int) -> list[int]:
+    """Return the slots of complete blocks among the used keys, counted token by token."""
     edges = [entry * keys + start for entry, some in enumerate(starts) for start in some]
     slots = []
     for first in range(0, len(starts) * keys, 1):
         begin = max(edge for edge in edges if edge <= first)
         end = min([edge for edge in edges if edge > first], default=len(starts) * keys)
+        end = min(end, first - first % keys + used)
         if (first - begin) % size == 0 and first + size <= end:
             slots.append(-(-first // size))
     return slots
@@ -122,7 +123,7 @@ class Chat:
         dtype = torch.float32 if self.rng.random() < 0.1 else self.dtype
         prune = bool(self.rng.random() < 0.9)
         expected = prepare_keys(self.settings, k.clone(), dtype, found, prune=prune)
-        slots = blocks(k.shape[1], found.starts(), self.settings.block_size)
+        slots = blocks(k.shape[1], found.starts(), self.settings.block_size, self.used)
         assert_same_keys(prepare(k, dtype, found, prune=prune), expected, slots)
         return None
 
@@ -220,7 +221,7 @@ def step(chat: Chat, count: int = 1) -> None:
     chat.used += count
     found = windows(count, chat.used, k.shape[1], [[pad] for pad in chat.pads])
     expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
-    slots = blocks(k.shape[1], found.starts(), chat.settings.block_size)
+    slots = blocks(k.shape[1], found.starts(), chat.settings.block_size, chat.used)
     assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
 
 
@@ -386,6 +387,19 @@ def test_quantised_keys_are_kept_before_any_row_is_pruned(chat: Chat) -> None:
     assert chat.kept.reused == 5
 
 
+def test_a_window_beyond_the_keys_of_a_static_cache() -> None:
+    """Its zeros count as keys then, so that a block of some of them is no longer the last one."""
+    chat = Chat(0, "static", SETTINGS["model"])
+    chat.pads = [0]
+    for count, seen in ((60, 60), (1, 61), (1, 100), (1, 100), (1, 64), (1, 100)):
+        k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
+        found = windows(count, seen, k.shape[1], [[0]])
+        expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
+        slots = blocks(k.shape[1], found.starts(), chat.settings.block_size, seen)
+        assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
+    assert chat.kept.reused == 5
+
+
 def test_layers_that_share_windows_but_not_a_past() -> None:
     """What is found out about windows for one layer is not taken for another of other settings."""
     chats = [Chat(0, "dynamic", SETTINGS[name]) for name in ("model", "max")]
@@ -395,7 +409,7 @@ def test_layers_that_share_windows_but_not_a_past() -> None:
             chat.pads = [0, 3]
             k, prepare = chat.kept.append(chat.cache, 0, chat.states(count))
             expected = prepare_keys(chat.settings, k.clone(), k.dtype, found, prune=True)
-            slots = blocks(used, found.starts(), chat.settings.block_size)
+            slots = blocks(used, found.starts(), chat.settings.block_size, used)
             assert_same_keys(prepare(k, k.dtype, found, prune=True), expected, slots)
     assert [chat.kept.reused for chat in chats] == [2, 2]
 

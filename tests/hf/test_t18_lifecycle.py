@@ -356,7 +356,7 @@ def test_patching_while_the_model_runs(deepseek: Any) -> None:
 
 
 def test_compiled_model() -> None:
-    """A patched model compiles with a graph break; a compiled model can be patched and restored."""
+    """A compiled model can be patched and restored; a growing cache breaks its graph there."""
     model = build("deepseek_v32", "sdpa", num_hidden_layers=1, mlp_layer_types=["dense"]).model
     own = model(ids()).last_hidden_state
     with hisa.patch(model, **PRUNING):

@@ -114,6 +114,18 @@ def test_pruned_rows_counts_blocks_from_the_segments_start(block_size: int) -> N
             assert found.pruned_rows(block_size, block_topk) == expected
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_single_row_is_pruned_from_its_own_start(start: int) -> None:
+    """Which is decided from the mask's summary, without a tensor."""
+    for length in range(17):
+        ks = torch.tensor([[start]])
+        found = windows_of(mask_of(ks, ks + length, 20))
+        for block_size, block_topk in ((4, 2), (8, 2), (2, 5)):
+            expected = -(-length // block_size) > block_topk
+            assert found.pruned_rows(block_size, block_topk) == expected
+        assert found.reach == (start + length if length else 0)
+
+
 HOLE = torch.tensor([[[True, True, False, True]]])
 UNUSABLE: dict[str, tuple[Tensor | None, str]] = {
     "hole": (HOLE, "not one range"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hisa
 from hisa.around import complete
 from hisa.hf import indexer as under_test
-from hisa.hf.indexer import select
+from hisa.hf.indexer import make_hierarchical, select
 from hisa.hf.masks import Windows, scan
 from hisa.hf.models import SPECS
 from hisa.hf.settings import Settings
@@ -66,7 +66,8 @@ def choose(states: Tensor, q: Tensor, mask: Tensor, past: Cache | None = None) -
     module: Any = SimpleNamespace(
         n_heads=HEADS, head_dim=CHANNELS, layer_idx=0, index_topk=99, wq_b=nn.Identity()
     )
-    return select(module, SPECS[0], SETTINGS, windows, states, q, (states, states), past)
+    chosen = make_hierarchical(SETTINGS, SETTINGS.topk or 0)
+    return select(module, SPECS[0], chosen, windows, states, q, (states, states), past)
 
 
 def causal(batch: int, length: int) -> Tensor:

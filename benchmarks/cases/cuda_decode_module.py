@@ -1,0 +1,107 @@
+"""Decode steps of DeepSeek-V3.2's indexer module on a GPU: as it is, patched, and both compiled.
+
+The model's own dimensions (hidden 7168, q_lora 1536, 64 heads, 2048 tokens selected), blocks of 128
+of which 64 are kept; bf16, one layer, batch 1. A call is 16 steps, one after the other, so that the
+host's time counts wherever the device waits for it. Compiled is as `generate` compiles a model with
+a static cache: one graph, mode "reduce-overhead", which replays CUDA graphs. Mask and angles are
+made in each step, by all peers alike, as in a model's first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import hisa
+from benchmarks.cases.cuda_module import HIDDEN, Q_LORA
+from benchmarks.cases.decode_module import HISA, HISA_FP8, OWN, REST, Decoder
+from benchmarks.harness import Bench
+from benchmarks.inputs import overlap
+
+DEVICE = "cuda"
+COMPILED = ", compiled"
+COMPILING: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
+HEADS, TOPK, BLOCK_TOPK = 64, 2048, 64
+STEPS, ROOM = 16, 2048  # of a call, and for all calls
+MOST_RUNS = 40
+
+
+class CudaDecoder(Decoder):
+    """Counts tokens on the device, so that a step may be compiled."""
+
+    def __init__(self, keys: int, cache: str) -> None:
+        super().__init__(
+            keys, HIDDEN, Q_LORA, torch.bfloat16, cache, heads=HEADS, topk=TOPK, steps=ROOM
+        )
+        self.position = torch.full((1, 1), keys)
+        self.tokens = torch.arange(keys + ROOM)
+        self.select: Callable[[Tensor, Tensor], Tensor] = self.run
+
+    def run(self, position: Tensor, tokens: Tensor) -> Tensor:
+        """Append a token at `position` and select for it among `tokens`."""
+        mask = tokens[None, None] <= position
+        turn = self.rotary(self.states, position)
+        found: Tensor = self.indexer(self.states, self.resid, turn, mask, position, self.past)
+        return found
+
+    def step(self) -> Tensor:
+        """Append a token and select for it."""
+        self.length += 1
+        found = self.select(self.position, self.tokens[: self.room or self.length])
+        self.position += 1
+        return found
+
+
+def build(peer: str, *, keys: int, cache: str) -> Callable[[], object]:
+    """Return one peer's call: STEPS steps, the result of the last one."""
+    with torch.device(DEVICE):
+        decoder = CudaDecoder(keys, cache)
+    if not peer.startswith((OWN, REST)):
+        precision = "fp8" if peer.startswith(HISA_FP8) else "model"
+        hisa.patch(decoder.indexer, block_topk=BLOCK_TOPK, precision=precision)
+    step: Callable[[], object] = decoder.rest if peer == REST else decoder.step
+    if peer != REST:
+        step()  # in generation there is one before
+    if peer.endswith(COMPILED):
+        decoder.select = torch.compile(decoder.run, **COMPILING)
+
+    def call() -> object:
+        with torch.device(DEVICE), torch.no_grad():
+            for _ in range(STEPS - 1):
+                step()
+            return step()
+
+    return call
+
+
+def check(results: Mapping[str, object]) -> None:
+    """Raise if peers differ by more than near-ties, at a length that the budget covers."""
+    wanted = cast(Tensor, results[OWN])[0]
+    for peer, found in results.items():
+        share = overlap(wanted, cast(Tensor, found)[0])
+        if share < 0.999:
+            raise RuntimeError(f"{peer} has only {share:.2%} of the tokens of {OWN}")
+
+
+def run(bench: Bench) -> None:
+    """Measure both caches at 128K tokens, and the static one compiled."""
+    bench.note_kernels((HEADS, torch.bfloat16), (HEADS, torch.float8_e4m3fn))
+    keys, covered = 4096 if bench.quick else 131072, (BLOCK_TOPK - 1) * 128
+    for cache, hows in (("dynamic", ("",)), ("static", ("", COMPILED))):
+        same = [f"{peer}{how}" for how in hows for peer in (OWN, HISA)]
+        bench.agree(build, same, {"keys": covered, "cache": cache}, check)
+        torch._dynamo.reset()  # else every step looks through the graphs of these modules first
+        peers = [f"{peer}{how}" for how in hows for peer in (HISA, HISA_FP8, OWN)]
+        shape: dict[str, int | str] = {"keys": keys, "cache": cache}
+        found = bench.measure(
+            build, (*peers, REST), shape, min_runs=10, max_runs=MOST_RUNS, seconds=1.0
+        )
+        for how in hows:
+            bench.goal(
+                f"Hugging Face's time / patched time, {cache} cache{how}",
+                found[OWN + how].median / found[HISA + how].median,
+                at_least=4 if how else 2,
+            )
