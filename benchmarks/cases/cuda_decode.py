@@ -134,7 +134,7 @@ def captured(call: Callable[[], Tensor | None]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> object:
+    def replay(_held: object = call) -> object:  # the tensors that the graph reads stay alive
         graph.replay()
         return result
 

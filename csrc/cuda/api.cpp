@@ -73,8 +73,7 @@ struct Cuda {
   // See paged.h.
   void paged_index(const PagedIndexParams& params, const Shape& shape) {
     const bool direct = sm90::takes(shape, limits);
-    if (direct && run_split(params, shape, std::max(params.keys.stride, params.pooled.stride)))
-      return;
+    if (direct && sm90::can_split(params) && run_split(params, shape)) return;
     const int64_t kept = std::min(params.block_topk, params.pooled.room) * params.block_size;
     TORCH_CHECK_VALUE(
         direct || params.windows.next_n <= support::kMaxKeys / kept,
@@ -122,8 +121,8 @@ struct Cuda {
 
   // Run a call by a cluster for each row, if it is one for that.
   template <class Params>
-  bool run_split(const Params& params, const Shape& shape, int64_t page_stride = 0) {
-    const sm90::SplitPlan plan = sm90::plan_split(shape, limits, page_stride);
+  bool run_split(const Params& params, const Shape& shape) {
+    const sm90::SplitPlan plan = sm90::plan_split(shape, limits);
     if (plan.splits) C10_CUDA_CHECK(sm90::launch_split(params, plan, stream));
     return plan.splits;
   }

@@ -9,6 +9,7 @@ somebody else's kernel, keeps it.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -47,7 +48,9 @@ def rotate(
     """
     turned = module.qk_rope_head_dim
     first = module.head_dim - turned if spec.rope_last else 0
-    interleaved = layout(spec, x.dtype, x.device) if _fits(x, angles, first) else None
+    interleaved = None
+    if _fits(x, angles, first):
+        interleaved = layout(spec.module_name, spec.rotary, x.dtype, x.device)
     if interleaved is not None:
         y, scale = rope_quantize(
             x,
@@ -98,9 +101,11 @@ def _fits(x: Tensor, angles: Angles, first: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def layout(spec: IndexerSpec, dtype: torch.dtype, device: torch.device) -> bool | None:
-    """Return what `find_layout` does, for the function that a model has now."""
-    return find_layout(rotary(spec), dtype, device)
+def layout(
+    module_name: str, function: str, dtype: torch.dtype, device: torch.device
+) -> bool | None:
+    """Return what `find_layout` does, for the function that a model's module has now."""
+    return find_layout(getattr(sys.modules[module_name], function), dtype, device)
 
 
 @functools.lru_cache(maxsize=64)

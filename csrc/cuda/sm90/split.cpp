@@ -4,6 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <limits>
+#include <numeric>
 
 namespace hisa::cuda::sm90 {
 namespace {
@@ -58,19 +59,30 @@ SplitParams fill(const Queries& queries, const Output& output, int64_t block_top
 Storage adjacent(const Keys& keys) {
   return {.data = static_cast<const char*>(keys.data),
           .scale = keys.scale,
+          .unit = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
           .page_stride = 0,
-          .stride = static_cast<uint32_t>(keys.stride * element_size(keys.type)),
+          .stride = 1,
           .scale_page_stride = 0,
           .page_shift = 31};
 }
 
+int64_t row_bytes(const PagedKeys& keys) { return keys.dim * element_size(keys.type); }
+
 Storage in_pages(const PagedKeys& keys) {
+  const int64_t unit = std::gcd(keys.stride, row_bytes(keys));
   return {.data = static_cast<const char*>(keys.data),
           .scale = static_cast<const float*>(keys.scale),
-          .page_stride = static_cast<uint32_t>(keys.stride),
-          .stride = static_cast<uint32_t>(keys.dim * element_size(keys.type)),
+          .unit = static_cast<uint32_t>(unit),
+          .page_stride = static_cast<uint32_t>(keys.stride / unit),
+          .stride = static_cast<uint32_t>(row_bytes(keys) / unit),
           .scale_page_stride = static_cast<uint32_t>(keys.scale_stride),
           .page_shift = log2_of(keys.page_size)};
+}
+
+bool reaches(const PagedKeys& keys) {
+  const int64_t unit = std::gcd(keys.stride, row_bytes(keys));
+  const int64_t most = std::numeric_limits<uint32_t>::max();
+  return keys.scale_stride <= most && keys.stride / unit <= most / keys.table.pages;
 }
 
 cudaError_t launch_split(const SplitParams& params, const SplitPlan& plan, ElementType type,
@@ -82,7 +94,7 @@ cudaError_t launch_split(const SplitParams& params, const SplitPlan& plan, Eleme
 
 }  // namespace
 
-SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits, int64_t page_stride) {
+SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits) {
   SplitPlan plan{};
   plan.shared_limit = limits.shared_block;
   plan.device = limits.device;
@@ -94,10 +106,11 @@ SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits, int64_t pag
   plan.together.total = std::max(plan.together.total, limits.shared_total / 2 + 1);
   plan.splits = splitting && !shape.flat() && plan.tiles * kSplitTile <= kMostScores &&
                 shape.rows <= kBlocks * limits.multiprocessors &&
-                page_stride <= std::numeric_limits<uint32_t>::max() &&
                 std::max(plan.alone.total, plan.together.total) <= limits.shared_block;
   return plan;
 }
+
+bool can_split(const PagedIndexParams& call) { return reaches(call.keys) && reaches(call.pooled); }
 
 cudaError_t launch_split(const RowsParams& rows, const SplitPlan& plan, cudaStream_t stream) {
   SplitParams params = fill(rows.queries, rows.output, rows.block_topk);

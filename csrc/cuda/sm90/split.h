@@ -26,7 +26,9 @@ inline constexpr int64_t kMostRanked = 256;  // scores of a bin
 struct Storage {
   const char* data;
   const float* scale;  // null: all 1
-  uint32_t page_stride, stride, scale_page_stride;  // bytes
+  uint32_t unit;  // of distances, in bytes
+  uint32_t page_stride, stride;  // in units
+  uint32_t scale_page_stride;  // in bytes
   int page_shift;
 };
 
@@ -76,9 +78,10 @@ struct alignas(16) SplitShared {
   uint32_t ties;
 };
 
-// Whether, and how, a call that sm90::takes() is split; the largest distance of pages, if there are
-// any, in bytes.
-SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits, int64_t page_stride = 0);
+// Whether, and how, a call that sm90::takes() is split.
+SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits);
+// Whether distances of keys fit into what the kernel has for them.
+bool can_split(const PagedIndexParams& call);
 cudaError_t launch_split(const RowsParams& rows, const SplitPlan& plan, cudaStream_t stream);
 cudaError_t launch_split(const PagedIndexParams& call, const SplitPlan& plan, cudaStream_t stream);
 

@@ -100,9 +100,10 @@ __device__ __forceinline__ void copy_tile(const Storage& from, const uint32_t* n
     const uint32_t key = i * (128 / kPieces) + thread / kPieces;
     const uint32_t number = numbers[key];
     const bool real = number != kNowhere;
-    const char* page = ptx::row_at(data, real ? number >> from.page_shift : 0, from.page_stride);
+    const uint32_t distance =
+        (number >> from.page_shift) * from.page_stride + (number & inside) * from.stride;
     ptx::copy_16(start + swizzled<C::kPitch>(key, piece % kPanelPieces),
-                 ptx::row_at(page, real ? number & inside : 0, from.stride), real);
+                 ptx::row_at(data, real ? distance : 0, from.unit), real);
   }
   if (thread >= C::kTile) return;
   const uint32_t number = numbers[thread];

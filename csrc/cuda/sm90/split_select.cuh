@@ -14,7 +14,8 @@
 
 namespace hisa::cuda::sm90 {
 
-// All threads call it, before the barrier in front of the selection.
+// Clear what scores are counted in: kSplitBins words, with room for kMostRanked behind them. All
+// threads call it, before the barrier in front of the selection.
 __device__ __forceinline__ void begin_selection(SplitShared& shared, uint32_t* space) {
   reinterpret_cast<uint4*>(space)[threadIdx.x] = {0, 0, 0, 0};
   if (threadIdx.x == 0) shared.ranked = 0;
@@ -24,8 +25,7 @@ __device__ __forceinline__ void begin_selection(SplitShared& shared, uint32_t* s
 // barrier.
 class SplitSelector {
  public:
-  // There is room for kSplitBins + kMostRanked words at `space`, which begin_selection() was called
-  // for. Scores in quads that are not among the candidates are NaN.
+  // begin_selection() was called for `space`. What else there is in quads of candidates is NaN.
   __device__ SplitSelector(SplitShared& shared, const float* scores, ScoreRange range,
                            uint32_t skipped, uint32_t n, uint32_t* space)
       : shared_(shared),
