@@ -10,7 +10,7 @@ import torch
 from tests import oracle
 from tests.builders import exact_case, int32
 from tests.checker import assert_same
-from tests.families import CUDA
+from tests.families import CUDA, CUDA_MANY, hopper
 from tests.numeric import DTYPES
 from tests.paged import exact_paged
 from tests.test_around import DTYPES as ROPE_DTYPES
@@ -29,9 +29,8 @@ LAYOUTS_OF_SCORES = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    """Run all shapes."""
-    shapes = 0
+def select(shapes: int) -> int:
+    """Run what selects; returns the number of shapes so far."""
     for dtype in DTYPES:
         for heads, depth, _ in KERNELS:
             case = exact_case(shapes, dtype=dtype, M=3, N=260, H=heads, D=depth, B=8, topk=21,
@@ -44,10 +43,32 @@ def main() -> None:
                           topk=70, block_topk=3, pooling="max", cu_seqlens_k=None)  # fmt: skip
         assert_same(CUDA.index(case), oracle.index(case))
         shapes += 1
+    for rows in (1, 9):  # Hopper splits a row over several multiprocessors
+        case = exact_case(shapes, dtype=torch.float8_e4m3fn, M=rows, N=9000, H=16, D=64, B=8,
+                          topk=300, block_topk=200, budget=1e9)  # fmt: skip
+        assert_same(CUDA.index(case), oracle.index(case))
+        shapes += 1
     for n, topk, heads, depth in LAYOUTS_OF_SCORES:
         case = exact_case(shapes, dtype=torch.bfloat16, M=1, N=n, H=heads, D=depth, topk=topk)
         assert_same(CUDA.flat_index(case), oracle.flat_index(case))
         shapes += 1
+    for dtype in DTYPES:
+        for heads, depth in ((16, 64), (64, 128), (3, 32)):
+            for page_size in (16, 64):
+                paged = exact_paged(shapes, dtype=dtype, H=heads, D=depth, B=64, topk=70,
+                                    block_topk=3, page_size=page_size, next_n=2,
+                                    lengths=[500, 0, 133])  # fmt: skip
+                assert_same(paged.pool(CUDA).index(CUDA), oracle.index(paged.case))
+                shapes += 1
+    return shapes
+
+
+def main() -> None:
+    """Run all shapes, those of few rows by both of Hopper's kernels."""
+    shapes = 0
+    for family in (CUDA, CUDA_MANY) if hopper() else (CUDA,):
+        with family.active():
+            shapes = select(shapes)
     for dtype in MASK_DTYPES:
         for seed, layout in enumerate(LAYOUTS.values()):
             mask = fuzzed(seed, dtype).cuda()
@@ -59,14 +80,6 @@ def main() -> None:
                 test_turns_as_the_models_do("cuda", shape, dtype, interleaved)
                 shapes += 1
     test_completes_rows_of_all_lengths("cuda")
-    for dtype in DTYPES:
-        for heads, depth in ((16, 64), (64, 128), (3, 32)):
-            for page_size in (16, 64):
-                paged = exact_paged(shapes, dtype=dtype, H=heads, D=depth, B=64, topk=70,
-                                    block_topk=3, page_size=page_size, next_n=2,
-                                    lengths=[500, 0, 133])  # fmt: skip
-                assert_same(paged.pool(CUDA).index(CUDA), oracle.index(paged.case))
-                shapes += 1
     print(f"{shapes + 1} shapes right")
 
 

@@ -171,3 +171,33 @@ def test_beside_a_kernel_that_holds_the_device() -> None:
         with torch.cuda.stream(busy):
             matrix @ matrix
         assert same_bytes(hisa.index(**call), want)
+
+
+@pytest.mark.long
+@pytest.mark.seconds(300)
+def test_soak() -> None:
+    """100,000 launches of all sizes of clusters, back to back, give the same bytes each time."""
+    calls = [make_call(dtype, rows, 9000, 16) for dtype in DTYPES
+             for rows in (1, 2, 7, 11, 20, 30, 60, 100, 132, 260)]  # fmt: skip
+    with CUDA_MANY.active():
+        wanted = [hisa.index(**call) for call in calls]
+    out = [torch.empty_like(want) for want in wanted]
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+
+    def run() -> None:
+        for call, mine, want in zip(calls, out, wanted, strict=True):
+            mine.fill_(-2)
+            hisa.index(**call, out=mine)
+            wrong.add_((mine != want).sum())
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(100_000 // len(calls)):
+        graph.replay()
+    assert wrong.item() == 0
