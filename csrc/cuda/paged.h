@@ -1,7 +1,8 @@
 // How a paged call becomes one on adjacent keys, so that rows of both are scored and selected by
 // the same kernels, to the same bits.
 //
-// On Hopper, whose copy engine finds the pages:
+// On Hopper few rows are split, without any of this: see sm90/split.h. Many rows, whose pages the
+// copy engine finds:
 //   gather_pooled   the pooled keys of each sequence's blocks, side by side; windows
 //   coarse, refine  of sm90/
 //   place           from positions to places in pages, if those are wanted
