@@ -36,8 +36,8 @@ LIMIT = """
 One launch per call. What limits a single row is latency, 27,000 cycles of it: it waits for its
 length and table, for the numbers of pooled keys, for these, for tokens' keys; two exchanges between
 16 multiprocessors, two selections; and 2.8 us for the launch of any graph. `docs/kernels.md` says
-what each step takes, and lists the designs tried, from 55 us on. Many rows are limited by how fast a
-multiprocessor adds up products.
+what each step takes, and lists the designs tried, from 55 us on. Many rows are limited by how fast
+a multiprocessor adds up products.
 
 `append`: each sequence is at another place of its block, so that one of 128 completes it;
 `append, all complete`: all of them do, as in a batch that began together."""
