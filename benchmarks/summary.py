@@ -16,7 +16,8 @@ BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
 PREFILLS = ("cuda_hopper", "cuda_prefill")
 CUDA_CASES = ("cuda_module", "cuda_decode", *PREFILLS)
-PEERS = ("hisa.index", "TileLang", "DeepGEMM + torch.topk", "torch in chunks", "hisa.flat_index")
+DEEPGEMM = "DeepGEMM + torch.topk"
+PEERS = ("hisa.index", "TileLang", DEEPGEMM, "torch in chunks", "hisa.flat_index")
 OURS = {"hisa.index", "hisa.flat_index"}
 NOTE = """\
 On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_topk` 64,
@@ -100,7 +101,7 @@ def decode_rows(results: Path) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for (batch, tokens, next_n), peers in rows.items():
         ours = peers["hisa.paged_index"]
-        others = {name: peers[name] for name in ("flat", "TileLang") if name in peers}
+        others = {name: peers[name] for name in ("flat", DEEPGEMM, "TileLang") if name in peers}
         compared = "; ".join(f"{name}: {time(other)}" for name, other in others.items())
         gain = ", ".join(f"{ratio(other, ours):.1f}x" for other in others.values())
         drafts = "" if next_n == "1" else f", {next_n} tokens each"
