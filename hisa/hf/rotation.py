@@ -9,7 +9,6 @@ somebody else's kernel, keeps it.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from hisa.around import rope_quantize
 from hisa.quantize import quantize_fp8
 
-from .models import IndexerSpec, rotary
+from .models import SPECS, IndexerSpec, rotary
 
 Angles = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
 Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
@@ -50,7 +49,7 @@ def rotate(
     first = module.head_dim - turned if spec.rope_last else 0
     interleaved = None
     if _fits(x, angles, first):
-        interleaved = layout(spec.module_name, spec.rotary, x.dtype, x.device)
+        interleaved = layout(spec.model_type, x.dtype, x.device)
     if interleaved is not None:
         y, scale = rope_quantize(
             x,
@@ -101,11 +100,14 @@ def _fits(x: Tensor, angles: Angles, first: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def layout(
-    module_name: str, function: str, dtype: torch.dtype, device: torch.device
-) -> bool | None:
-    """Return what `find_layout` does, for the function that a model's module has now."""
-    return find_layout(getattr(sys.modules[module_name], function), dtype, device)
+def layout(model_type: str, dtype: torch.dtype, device: torch.device) -> bool | None:
+    """Return what `find_layout` does, for the function that a model has now.
+
+    Args:
+        model_type: of one of `SPECS`. A graph has no constants that are dataclasses.
+    """
+    (spec,) = (spec for spec in SPECS if spec.model_type == model_type)
+    return find_layout(rotary(spec), dtype, device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@
 //   select   the best of these, the first peer alone                  -> the result
 //
 // So a row waits for memory four times: for its window, for the numbers of its keys, twice for
-// keys. A block's two warpgroups score tiles of 64 keys in turn, which they copy themselves.
+// keys. A block's warpgroups score tiles of 64 keys in turn, which they copy themselves.
 #pragma once
 
 #include "split_row.cuh"
