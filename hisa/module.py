@@ -277,12 +277,12 @@ class HierarchicalIndexer(nn.Module):
             `[B, S, topk]` int32.
         """
         (batch, length), width = windows.ks.shape, self.topk if topk is None else topk
-        selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
-        if selected.numel() == 0:
-            return selected
+        if batch * length * width == 0:
+            return torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
         settings, keys = self.settings, None
-        for start in range(0, length, step):
-            rows = slice(start, start + step)
+
+        def select(rows: slice) -> Tensor:
+            nonlocal dtype, keys
             queries, weights = project(rows)
             dtype = dtype or scoring_dtype(queries.dtype, k.dtype)
             keys = keys or prepare(k, dtype)  # the first queries say in which dtype
@@ -302,7 +302,14 @@ class HierarchicalIndexer(nn.Module):
                 topk=width,
                 pooling=settings.pooling,
             )
-            selected[:, rows] = finish(indices, rows).view(batch, -1, width)
+            return finish(indices, rows).view(batch, -1, width)
+
+        if step >= length:  # as in decoding, where a copy would show
+            return select(slice(0, length))
+        selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
+        for start in range(0, length, step):
+            rows = slice(start, start + step)
+            selected[:, rows] = select(rows)
         return selected
 
     def extra_repr(self) -> str:
