@@ -17,7 +17,7 @@ import torch
 
 from tests import builders, oracle
 from tests.builders import BLOCK_SIZES, exact_case, int32
-from tests.case import Case
+from tests.case import Case, same_bytes
 from tests.checker import assert_same
 from tests.simt import Hopper, build, pairs_pay, select_best
 
@@ -238,3 +238,43 @@ def test_portable_selection(library: ctypes.CDLL, kind: str, n: int, count: int)
         )  # fmt: skip
         assert torch.equal(got, want), f"chunk {chunk}, capacity {capacity}"
         assert torch.equal(chosen.nan_to_num(), scores[want.long()].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [FP8, BF16], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("peers", [1, 2, 3, 4])
+def test_few_rows(library: ctypes.CDLL, dtype: torch.dtype, peers: int) -> None:
+    """A cluster for each row: parts with tiles and without, windows that begin and end anywhere."""
+    hopper = Hopper(library, split=peers)
+    for seed, (size, block_topk, keys) in enumerate([(8, 40, 1500), (64, 5, 1500), (128, 2, 900)]):
+        ks, ke = int32([0, 77, 5, keys // 2]), int32([keys, keys - 3, 9, keys - 1])
+        for topk in (33, 2 * size):
+            case = exact_case(seed, dtype=dtype, M=4, N=keys, H=16, D=64, B=size, topk=topk,
+                              block_topk=block_topk, ks=ks, ke=ke, budget=1e8)  # fmt: skip
+            assert_same(hopper.index(case, seed), oracle.index(case))
+
+
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+def test_few_rows_by_every_kernel(library: ctypes.CDLL, heads: int, dim: int) -> None:
+    """Packed segments, a cluster of two."""
+    for seed, dtype in enumerate((FP8, BF16)):
+        case = exact_case(seed + 20, dtype=dtype, M=3, N=300, H=heads, D=dim, B=64, block_topk=3,
+                          topk=100)  # fmt: skip
+        assert_same(Hopper(library, split=2).index(case, seed), oracle.index(case))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_rows_whose_scores_crowd(library: ctypes.CDLL, seed: int) -> None:
+    """Ties of all, one far from all, NaN and infinities: where the histogram is of no use."""
+    scales = torch.ones(4, 900)
+    scales[1, 700] = 1e30
+    scales[2, ::7] = float("nan")
+    scales[3, ::3] = float("inf")
+    case = exact_case(seed, dtype=FP8, M=2, N=900, H=16, D=64, B=8, block_topk=60, topk=200,
+                      k_scale=None, cu_seqlens_k=None, ks=int32([0, 3]),
+                      ke=int32([900, 899]), budget=1e8)  # fmt: skip
+    k = case.k[:1].expand(900, -1).contiguous() if seed == 0 else case.k
+    case = case.replace(k=k, k_scale=scales[seed])
+    want = Hopper(library).index(case, seed)
+    found = Hopper(library, split=2).index(case, seed)
+    assert same_bytes(found.indices, want.indices)
+    assert torch.equal(found.scores.nan_to_num(7.0), want.scores.nan_to_num(7.0))

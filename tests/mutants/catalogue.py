@@ -388,7 +388,7 @@ CUDA_MUTANTS = [
            "merge(ranges[min(lane, params_.peers - 1)])", "merge(ranges[0])", tests=SPLIT),
     Mutant("split: huge weights", "cuda/sm90/split.cuh",
            "!__any_sync(~0U, huge)", "true", tests=SPLIT),
-    Mutant("split: swizzle of narrow rows", "cuda/sm90/split_memory.cuh",
+    Mutant("split: swizzle of narrow rows", "cuda/ptx/wgmma.cuh",
            ": row / 2 % 4", ": row % 4", tests=SPLIT),
 ]  # fmt: skip
 

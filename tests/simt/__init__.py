@@ -28,7 +28,7 @@ POINTERS = (
 )  # fmt: skip
 SIZES = (
     "rows", "keys", "heads", "dim", "segments", "fp8", "block_size", "block_topk", "topk",
-    "multiprocessors", "shared",
+    "multiprocessors", "shared", "split",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def build(folder: Path) -> ctypes.CDLL:
     library = folder / "emulate.so"
     subprocess.run(
         [os.environ.get("CXX", "c++"), *FLAGS.split(), f"-I{here / 'include'}", f"-I{source}",
-         str(here / "emulate.cpp"), "-o", str(library)],
+         str(here / "emulate.cpp"), str(here / "emulate_split.cpp"), "-o", str(library)],
         check=True,
     )  # fmt: skip
     return ctypes.CDLL(str(library))
@@ -64,11 +64,13 @@ class Hopper:
     """One build, called with a seed for the order of its threads."""
 
     def __init__(
-        self, library: ctypes.CDLL, shared: int = 232448, multiprocessors: int = 2
-    ) -> None:
+        self, library: ctypes.CDLL, shared: int = 232448, multiprocessors: int = 2,
+        split: int = 0,
+    ) -> None:  # fmt: skip
         self.library = library
         self.shared = shared  # bytes of memory that a block can have: fewer, other layouts
         self.multiprocessors = multiprocessors
+        self.split = split  # blocks of a row, by the kernel for few rows
 
     def index(self, case: Case, seed: int = 0) -> Result:
         """Run hisa.index, with pooled keys from the CPU."""
@@ -97,7 +99,7 @@ class Hopper:
             rows=rows, keys=keys, heads=heads, dim=dim, topk=case.topk, seed=seed,
             segments=0 if case.cu_seqlens_k is None else len(case.cu_seqlens_k) - 1,
             fp8=case.q.dtype == torch.float8_e4m3fn, shared=self.shared,
-            multiprocessors=self.multiprocessors,
+            multiprocessors=self.multiprocessors, split=self.split,
             indices=indices.data_ptr(), scores=scores.data_ptr(),
             **{name: x.data_ptr() for name, x in held.items()},
             **{name: x for name, x in more.items() if isinstance(x, int)},

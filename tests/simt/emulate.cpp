@@ -5,9 +5,10 @@
 #include "cuda/sm90/launch.cpp"
 #include "cuda/sm90/rows_bf16.cu"
 #include "cuda/sm90/rows_fp8.cu"
+#include "cuda/sm90/split.h"
 
 namespace hisa::cuda::sm90 {
-alignas(1024) char start[232448];
+alignas(1024) char start[kSharedBytes * kMostEmulated];
 }
 
 extern "C" {
@@ -17,7 +18,8 @@ struct Call {
   const float *weights, *k_scale, *pooled_scale;
   const int32_t *ks, *ke, *cu_seqlens;
   int64_t rows, keys, heads, dim, segments, fp8, block_size, block_topk, topk, multiprocessors,
-      shared;  // bytes that a block can have
+      shared,  // bytes that a block can have
+      split;   // blocks of a row by the kernel for few rows, or 0
   uint64_t seed;
   int32_t* indices;
   float* scores;
@@ -50,8 +52,16 @@ int emulate(const Call* call, char* text, int64_t size) {
     params.output = {call->indices, call->scores, call->topk};
     params.block_topk = flat ? 0 : call->block_topk;
     params.block_shift = flat ? 0 : std::countr_zero(static_cast<uint64_t>(call->block_size));
+    // Another device for each size of clusters, as kernels are prepared once for a device.
     const cuda::DeviceLimits limits{90, static_cast<int>(call->multiprocessors), 233472,
-                                    call->shared};
+                                    call->shared, static_cast<int>(call->split)};
+    simt::most_peers() = static_cast<uint32_t>(call->split);
+    if (call->split != 0) {
+      const auto plan = cuda::sm90::plan_split(shape, limits);
+      if (!plan.splits || cuda::sm90::launch_split(params, plan, nullptr) != cudaSuccess)
+        throw std::runtime_error("not split");
+      return 0;
+    }
     const auto geometry = cuda::sm90::make_geometry(shape, limits);
     if (std::max(geometry.coarse.shared, geometry.tokens.shared) > call->shared)
       throw std::runtime_error("does not fit into shared memory");

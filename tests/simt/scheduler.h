@@ -26,7 +26,7 @@ struct Thread {
   uint32_t index = 0;
   bool done = false;
   std::function<bool()> blocked;  // runs again once this is true; empty: it can run
-  uint64_t value = 0;  // what it brought to its warp
+  uint64_t arrivals = 0;  // at its cluster's barrier
 };
 
 // A phase of a barrier in shared memory ends when all arrived and all bytes came.
@@ -48,17 +48,20 @@ class Block {
  public:
   static constexpr size_t kStack = 96 * 1024;
 
-  Block(uint32_t threads, uint32_t index, uint32_t blocks, uint64_t seed)
+  // Or `peers` blocks that run together, a cluster; `index` is the first one's.
+  Block(uint32_t threads, uint32_t index, uint32_t blocks, uint64_t seed, uint32_t peers = 1)
       : block(index),
         grid(blocks),
+        size_(threads),
         random_(seed),
-        threads_(threads),
-        warps_(threads / 32),
-        slowness_(threads / 32) {}
+        threads_(threads * peers),
+        warps_(threads * peers / 32),
+        slowness_(threads * peers / 32) {}
 
   static Block& current() { return *instance(); }
   Thread& thread() { return *running_; }
-  uint32_t size() const { return static_cast<uint32_t>(threads_.size()); }
+  uint32_t size() const { return size_; }  // threads of one block
+  uint32_t rank() const { return running_->index / size_; }
 
   void run(const std::function<void()>& kernel) {
     instance() = this;
@@ -111,13 +114,22 @@ class Block {
   }
 
   void sync(uint32_t barrier, uint32_t count) {
-    Meeting& meeting = named_[barrier];
+    Meeting& meeting = named_[rank() << 8 | barrier];
     const uint64_t round = meeting.round;
     if (++meeting.arrived == count) {
       meeting.arrived = 0;
       ++meeting.round;
     }
     wait([&meeting, round] { return meeting.round != round; });
+  }
+
+  // All threads of a cluster arrive before any of them is through, each time.
+  void arrive() {
+    ++running_->arrivals;
+    ++arrivals_;
+  }
+  void wait_for_all() {
+    wait([this, wanted = running_->arrivals * threads_.size()] { return arrivals_ >= wanted; });
   }
 
   Phases& phases(const void* barrier) { return phases_[barrier]; }
@@ -182,6 +194,8 @@ class Block {
     running_ = nullptr;
   }
 
+  uint32_t size_;
+  uint64_t arrivals_ = 0;
   std::mt19937_64 random_;
   std::vector<Thread> threads_;
   std::vector<Meeting> warps_;

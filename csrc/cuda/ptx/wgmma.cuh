@@ -21,6 +21,13 @@ __device__ __forceinline__ uint64_t describe(uint32_t address) {
   return (address / 16 + (1U << 16)) | kEightRows << 32 | kSwizzle << 62;
 }
 
+// Where such a row has 16 bytes, from an address that is a multiple of 1024.
+template <int kPitch>
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) {
+  const uint32_t turned = kPitch == 128 ? row % 8 : row / 2 % 4;
+  return row * kPitch + (piece ^ turned) * 16;
+}
+
 // Between the last use of d, or a wait, and the next product.
 __device__ __forceinline__ void fence_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

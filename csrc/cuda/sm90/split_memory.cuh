@@ -58,13 +58,6 @@ struct SplitMemory {
   }
 };
 
-// Where 16 bytes of a row go, as products want them: see ptx::describe().
-template <int kPitch>
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) {
-  const uint32_t turned = kPitch == 128 ? row % 8 : row / 2 % 4;
-  return row * kPitch + (piece ^ turned) * 16;
-}
-
 // Begin to copy the row's queries.
 template <class C>
 __device__ __forceinline__ void copy_queries(const Queries& queries, int64_t m, char* to) {
@@ -78,7 +71,7 @@ __device__ __forceinline__ void copy_queries(const Queries& queries, int64_t m, 
     const uint32_t head = i / kPieces;
     const uint32_t piece = i % kPieces;
     ptx::copy_16(start + piece / kPanelPieces * C::kColumns * C::kPitch +
-                     swizzled<C::kPitch>(head, piece % kPanelPieces),
+                     ptx::swizzled<C::kPitch>(head, piece % kPanelPieces),
                  row + head * queries.head_stride * kElement + piece * 16, true);
   }
 }
@@ -102,7 +95,7 @@ __device__ __forceinline__ void copy_tile(const Storage& from, const uint32_t* n
     const bool real = number != kNowhere;
     const uint32_t distance =
         (number >> from.page_shift) * from.page_stride + (number & inside) * from.stride;
-    ptx::copy_16(start + swizzled<C::kPitch>(key, piece % kPanelPieces),
+    ptx::copy_16(start + ptx::swizzled<C::kPitch>(key, piece % kPanelPieces),
                  ptx::row_at(data, real ? distance : 0, from.unit), real);
   }
   if (thread >= C::kTile) return;

@@ -22,12 +22,16 @@
 
 struct ThreadIndex {
   struct {
-    operator uint32_t() const { return simt::Block::current().thread().index; }
+    operator uint32_t() const {
+      return simt::Block::current().thread().index % simt::Block::current().size();
+    }
   } x;
 };
 struct BlockIndex {
   struct {
-    operator uint32_t() const { return simt::Block::current().block; }
+    operator uint32_t() const {
+      return simt::Block::current().block + simt::Block::current().rank();
+    }
   } x;
 };
 struct GridSize {
@@ -69,6 +73,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 255U) * (b >> i & 255U);
@@ -146,6 +151,7 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
         for (int i = 0; i < 32; ++i) out[i] = all;
       }));
 }
+inline bool __any_sync(uint32_t, bool x) { return __ballot_sync(0, x) != 0; }
 inline void __syncwarp() {
   simt::Block::current().meet(0, [](const uint64_t*, uint64_t*) {});
 }

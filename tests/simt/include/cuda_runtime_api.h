@@ -1,4 +1,4 @@
-// The runtime's part: a launch runs all blocks, one after the other.
+// The runtime's part: a launch runs all blocks, one after the other, or all clusters.
 #pragma once
 
 #include <stdexcept>
@@ -16,6 +16,8 @@ struct dim3 {
 };
 enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+  cudaLaunchAttributeClusterDimension,
   cudaLaunchAttributeProgrammaticStreamSerialization,
   cudaEnableDefault
 };
@@ -24,6 +26,9 @@ struct cudaLaunchAttribute {
   int id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -35,6 +40,16 @@ struct cudaLaunchConfig_t {
 };
 
 namespace simt {
+// Blocks of a cluster, at most.
+inline uint32_t& most_peers() {
+  static uint32_t it = 1;
+  return it;
+}
+// What the kernel gets in a block of a cluster. A kernel that runs in clusters has its own.
+template <class P>
+P for_peer(const P& params, uint32_t) {
+  return params;
+}
 inline uint64_t& seed() {
   static uint64_t it = 0;
   return it;
@@ -71,11 +86,24 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
 }
-template <class... P, class... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
-                               A&&... args) {
-  for (unsigned block = 0; block < config->gridDim.x; ++block)
-    simt::Block(config->blockDim.x, block, config->gridDim.x, simt::seed() * 1000003 + block)
-        .run([&] { kernel(args...); });
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel,
+                                           const cudaLaunchConfig_t* config) {
+  *clusters = config->attrs[1].val.clusterDim.x <= simt::most_peers() ? 1 << 20 : 0;
+  return cudaSuccess;
+}
+template <class P, class A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P),
+                               const A& params) {
+  unsigned peers = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+      peers = config->attrs[i].val.clusterDim.x;
+  for (unsigned block = 0; block < config->gridDim.x; block += peers) {
+    using simt::for_peer;
+    simt::Block cluster(config->blockDim.x, block, config->gridDim.x,
+                        simt::seed() * 1000003 + block, peers);
+    cluster.run([&] { kernel(for_peer(params, cluster.rank())); });
+  }
   return cudaSuccess;
 }

@@ -3,8 +3,10 @@
 #include <cuda.h>
 
 namespace hisa::cuda::sm90 {
+inline constexpr ptrdiff_t kSharedBytes = 232448;  // of a block; peers' follow one another
+inline constexpr uint32_t kMostEmulated = 4;  // peers
 extern char start[];
-}
+}  // namespace hisa::cuda::sm90
 
 namespace hisa::cuda::ptx {
 

@@ -32,6 +32,11 @@ uint64_t describe(uint32_t address) {
   return address / 16 | uint64_t{kPitch} << 32;
 }
 
+template <int kPitch>
+uint32_t swizzled(uint32_t row, uint32_t piece) {
+  return row * kPitch + piece * 16;
+}
+
 inline float decode(const char* at, int i, bool fp8) {
   if (!fp8) {
     uint16_t bits;
