@@ -262,6 +262,15 @@ def test_few_rows_by_every_kernel(library: ctypes.CDLL, heads: int, dim: int) ->
         assert_same(Hopper(library, split=2).index(case, seed), oracle.index(case))
 
 
+@pytest.mark.parametrize("block_topk", [2**31, 2**32, 2**32 + 2, 2**32 + 3, 2**63 - 1])
+def test_few_rows_that_keep_all_blocks(library: ctypes.CDLL, block_topk: int) -> None:
+    """A budget is clamped to the blocks there are, not cut to 32 bits."""
+    case = exact_case(3, dtype=FP8, M=2, N=1000, H=16, D=64, B=64, topk=64, block_topk=40)
+    want = oracle.index(case)
+    found = Hopper(library, split=2).index(case.replace(block_topk=block_topk), 0)
+    assert_same(found, want)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_few_rows_whose_scores_crowd(library: ctypes.CDLL, seed: int) -> None:
     """Ties of all, one far from all, NaN and infinities: where the histogram is of no use."""

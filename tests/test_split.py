@@ -137,6 +137,15 @@ def test_number_of_blocks(slots: int, block_topk: int) -> None:
     check(make_call(FP8, 2, slots * 8 - 3, 32), block_size=8, block_topk=block_topk, topk=16)
 
 
+@pytest.mark.parametrize("block_topk", [2**31, 2**32 + 2, 2**32 + 3, 2**63 - 1])
+def test_budget_of_any_size(block_topk: int) -> None:
+    """It is clamped to the blocks there are, not cut to 32 bits."""
+    call = make_call(FP8, 2, 1000)
+    check(call, block_size=64, block_topk=block_topk, topk=64)
+    want = hisa.flat_index(**call, topk=64)
+    assert same_bytes(hisa.index(**call, block_size=64, block_topk=block_topk, topk=64), want)
+
+
 def ran_split(call: dict[str, Any], **options: Any) -> bool:
     """Say whether this kernel took a call."""
     hisa.index(**call, **options)

@@ -18,9 +18,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 // All threads of all blocks arrive once for each time that they wait. It tells only that they have;
 // of what they wrote before, peers see barriers that fence_barrier_init() follows.
 __device__ __forceinline__ void arrive_at_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wait_for_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -6,6 +6,8 @@
 #include <limits>
 #include <numeric>
 
+#include "../../support.h"
+
 namespace hisa::cuda::sm90 {
 namespace {
 
@@ -51,7 +53,7 @@ SplitParams fill(const Queries& queries, const Output& output, int64_t block_top
   SplitParams params{};
   params.queries = queries;
   params.output = output;
-  params.block_topk = static_cast<uint32_t>(block_topk);
+  params.block_topk = static_cast<uint32_t>(std::min(block_topk, support::kMaxKeys));
   params.next_n = 1;
   return params;
 }

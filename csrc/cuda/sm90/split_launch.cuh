@@ -32,8 +32,8 @@ class SplitLaunch {
   cudaLaunchConfig_t config_{};
 };
 
-// Blocks of a cluster: as many as leave room for all clusters at the same time. A thread prepares a
-// device once.
+// Blocks of a cluster: as many as leave room for all clusters at the same time. A thread prepares the
+// device that it works on once.
 template <class C>
 cudaError_t find_peers(const SplitPlan& plan, int64_t rows, uint32_t& peers) {
   thread_local int device = -1;
@@ -46,8 +46,10 @@ cudaError_t find_peers(const SplitPlan& plan, int64_t rows, uint32_t& peers) {
       return error;
     for (uint32_t size = 2; size <= kMostPeers; ++size) {
       const SplitLaunch<C> launch(plan, 1, size, nullptr);
-      if (const auto error = cudaOccupancyMaxActiveClusters(&clusters[size], of, &launch.config()))
-        return error;
+      if (cudaOccupancyMaxActiveClusters(&clusters[size], of, &launch.config()) == cudaSuccess)
+        continue;
+      clusters[size] = 0;  // a size that this device, or this part of one, cannot have
+      cudaGetLastError();
     }
     device = plan.device;
   }
