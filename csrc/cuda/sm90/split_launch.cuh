@@ -32,8 +32,8 @@ class SplitLaunch {
   cudaLaunchConfig_t config_{};
 };
 
-// Blocks of a cluster: as many as leave room for all clusters at the same time. A thread prepares the
-// device that it works on once.
+// Blocks of a cluster: as many as leave room for all clusters at the same time. A thread prepares
+// the device that it works on once.
 template <class C>
 cudaError_t find_peers(const SplitPlan& plan, int64_t rows, uint32_t& peers) {
   thread_local int device = -1;
