@@ -11,10 +11,49 @@ from torch import Tensor
 
 from . import _extension
 from .checking import OPTIONAL, check_types, named_results
-from .contract import check_result
-from .ops import fake_kernel
+from .contract import check_mask, check_result
+from .fakes import fake_kernel
 
 FP8 = torch.float8_e4m3fn
+
+
+def mask_windows(
+    mask: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the range of keys that each row of an attention mask attends to, in one pass over it.
+
+    Args:
+        mask: `[B, S, T]` with any strides: bool (True: attend), or additive in float16, bfloat16,
+            float32 or float64 (0: attend; -65504, the float16 minimum, or less: masked).
+        out: `(ks, ke, summary)` to write to, instead of new tensors: see `index`.
+
+    Returns:
+        `(ks, ke, summary)`: `[B, S]` int32, the first key of each row and one past its last; both 0
+        where it attends to none. `summary`, `[4]` int32, is the maximum over all rows of: whether a
+        value neither attends nor masks, as NaN does; whether the keys attended to are not one
+        range; `ke - ks`; `ks`.
+
+    Raises:
+        TypeError: the mask's dtype is not accepted.
+        ValueError: its shape or `out` is not accepted.
+
+    Cost: the mask is read once; nothing is allocated beside the results, and nothing waits for the
+    device.
+    """
+    _extension.require()
+    check_types(Tensor, mask=mask)
+    if out is not None:
+        torch.ops.hisa.mask_windows.out(mask, **named_results(out, "ks", "ke", "summary"))
+        return out
+    windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows(mask)
+    return windows
+
+
+@fake_kernel("mask_windows", ("ks", "ke", "summary"))
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_mask(mask)
+    ks, ke = (mask.new_empty(mask.shape[:2], dtype=torch.int32) for _ in range(2))
+    return ks, ke, mask.new_empty(4, dtype=torch.int32)
 
 
 def rope_quantize(

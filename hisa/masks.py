@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _extension
-from .ops import mask_windows
+from .around import mask_windows
 from .windows import Windows
 
 

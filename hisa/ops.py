@@ -2,14 +2,12 @@
 
 `torch.ops.hisa.*` are the same operators as the dispatcher sees them: they always return two
 tensors, and the second one has no rows where scores were not asked for. Their overload `out` writes
-to the tensors that it is given and returns nothing. `mask_windows` is for `hisa.hf` and no part of
-the package's face.
+to the tensors that it is given and returns nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeVar, cast, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,41 +25,11 @@ from .checking import (
     selection,
     wants_check,
 )
-from .contract import check_contract, check_mask, check_numbers, check_result
+from .contract import check_contract, check_numbers
+from .fakes import empty_selection, fake_kernel
 from .pooled import PooledKeys, kept_pair
 
 Pooled = tuple[Tensor, Tensor]
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def fake_kernel(
-    name: str, results: tuple[str, ...] = (), optional: str = ""
-) -> Callable[[Function], Function]:
-    """Register a fake kernel where the operator exists, that is, where the extension is built.
-
-    Args:
-        name: the operator's.
-        results: arguments of its overload `out`, if it has one, which gets the same fake kernel.
-        optional: argument that says whether the last result is wanted; in `out`, giving it does.
-    """
-
-    def register(function: Function) -> Function:
-        def out(*args: object, **kwargs: object) -> None:
-            given = {result: kwargs.pop(result, None) for result in results}
-            if optional:
-                kwargs[optional] = given[results[-1]] is not None
-            wanted = cast(tuple[Tensor, ...], function(*args, **kwargs))
-            for (result, got), new in zip(given.items(), wanted, strict=True):
-                if isinstance(got, Tensor):
-                    check_result(result, got, new.shape, new.dtype, new.device)
-
-        if _extension.available():
-            torch.library.register_fake(f"hisa::{name}", function)
-            if results:
-                torch.library.register_fake(f"hisa::{name}.out", out)
-        return function
-
-    return register
 
 
 def pool_keys(
@@ -424,49 +392,3 @@ def _(
     if isinstance(topk, int):
         _extension.require().check_topk(topk)
     return empty_selection(q, topk, return_scores)
-
-
-def mask_windows(
-    mask: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the range of keys that each row of an attention mask attends to, in one pass over it.
-
-    Args:
-        mask: `[B, S, T]` with any strides: bool (True: attend), or additive in float16, bfloat16,
-            float32 or float64 (0: attend; -65504, the float16 minimum, or less: masked).
-        out: `(ks, ke, summary)` to write to, instead of new tensors: see `index`.
-
-    Returns:
-        `(ks, ke, summary)`: `[B, S]` int32, the first key of each row and one past its last; both 0
-        where it attends to none. `summary`, `[4]` int32, is the maximum over all rows of: whether a
-        value neither attends nor masks, as NaN does; whether the keys attended to are not one
-        range; `ke - ks`; `ks`.
-
-    Raises:
-        TypeError: the mask's dtype is not accepted.
-        ValueError: its shape or `out` is not accepted.
-
-    Cost: the mask is read once; nothing is allocated beside the results, and nothing waits for the
-    device.
-    """
-    _extension.require()
-    check_types(Tensor, mask=mask)
-    if out is not None:
-        torch.ops.hisa.mask_windows.out(mask, **named_results(out, "ks", "ke", "summary"))
-        return out
-    windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows(mask)
-    return windows
-
-
-@fake_kernel("mask_windows", ("ks", "ke", "summary"))
-def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_mask(mask)
-    ks, ke = (mask.new_empty(mask.shape[:2], dtype=torch.int32) for _ in range(2))
-    return ks, ke, mask.new_empty(4, dtype=torch.int32)
-
-
-def empty_selection(q: Tensor, topk: int, return_scores: bool) -> tuple[Tensor, Tensor]:
-    """Return a selection's tensors, without values."""
-    rows = q.shape[0]
-    indices = q.new_empty(rows, topk, dtype=torch.int32)
-    return indices, q.new_empty(rows if return_scores else 0, topk, dtype=torch.float32)

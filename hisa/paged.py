@@ -18,7 +18,8 @@ from .checking import (
     wants_check,
 )
 from .contract import check_numbers, check_paged_contract
-from .ops import Pooled, empty_selection, fake_kernel
+from .fakes import empty_selection, fake_kernel
+from .ops import Pooled
 
 
 def paged_pool(

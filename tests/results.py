@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa.around import rope_quantize
-from hisa.ops import mask_windows
+from hisa.around import mask_windows, rope_quantize
 from tests.builders import int32, random_case
 from tests.numeric import FP8
 from tests.paged import exact_paged, put

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa.ops import mask_windows
+from hisa.around import mask_windows
 from tests.case import same_bytes
 from tests.numeric import DTYPES, short_name
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa.ops import mask_windows
+from hisa.around import mask_windows
 from tests.guard import guarded
 from tests.test_t16_layout import misaligned
 

@@ -40,7 +40,7 @@ with family.active():
 """
 MASK_SCRIPT = """
 import signal, time, torch
-from hisa.ops import mask_windows
+from hisa.around import mask_windows
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(2)
 mask = torch.zeros(1, 1, 1 << 20).expand(1, 1 << 22, 1 << 20)
