@@ -67,7 +67,7 @@ test-long: $(READY) ## the long versions of the tests (hours)
 	$(PYTEST) -m long $(ARGS)
 
 test-gpu-long: $(READY) sanitize-cuda ## the long versions on a GPU, and sanitize-cuda (an hour)
-	$(PYTEST) -m long --families cuda tests/test_*.py $(ARGS)
+	$(PYTEST) -m long --families cuda,cuda-many tests/test_*.py $(ARGS)
 
 # What other GPUs run, on the one that is here: builds of their own, beside the normal one.
 # $(call test_portable,FOLDER,SETTINGS,TESTS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import builders
-from tests.families import FAMILIES, REFERENCE, Family, available, usable_cuda
+from tests.families import FAMILIES, REFERENCE, Family, available, hopper, usable_cuda
 
 TEST_SECONDS = 60
 
@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     `device` takes the devices of these families. What runs on a GPU has the mark `gpu`.
     """
     wanted = set(filter(None, metafunc.config.getoption("families").split(",")))
-    named = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted]
+    named = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted and (f.split or hopper())]
     for fixture in {"family", "any_family"} & set(metafunc.fixturenames):
         chosen = named or available() + ([REFERENCE] if fixture == "any_family" else [])
         parameters = [pytest.param(f, id=f.name, marks=marks_of(f.device)) for f in chosen]

@@ -63,7 +63,7 @@ def run_cuda(tree: Path, chosen: list[Mutant], jobs: int, runs: int) -> int:
         for path in sorted(ROOT.glob(f"tests/test_{part}.py"))
     ]
     return run_all(
-        tree, chosen, ["-m", "gpu and not long", "--families", "cuda", *tests], jobs, runs
+        tree, chosen, ["-m", "gpu and not long", "--families", "cuda,cuda-many", *tests], jobs, runs
     )
 
 
