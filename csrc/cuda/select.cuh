@@ -177,7 +177,8 @@ __device__ __forceinline__ uint32_t count_ones(uint32_t groups) {
   return (groups | groups << 4) & 0x0f0f0f0fU;
 }
 
-// Four counts of a lane, one per byte and none above 4: of the lanes before it, and of the warp.
+// Counts of a lane, one or several in a word: of the lanes before it, and of the warp. sum() and
+// byte() are for four, one per byte.
 struct LaneCounts {
   uint32_t before;
   uint32_t total;

@@ -150,16 +150,14 @@ class SplitScorer {
     return {tiles, tiles * rank_ / params_.peers, tiles * (rank_ + 1) / params_.peers};
   }
 
-  // Score this block's part of keys [skipped, n).
-  __device__ __forceinline__ void score(int stage, float* scores, uint32_t skipped, uint32_t n,
-                                        Part part) const {
-    const Storage& storage = stage == kBlocks ? params_.pooled : params_.keys;
-    const auto [tiles, begin, end] = part;
-    // The numbers lie where the scores will.
-    auto* numbers = reinterpret_cast<uint32_t*>(scores);
+  // Where keys [skipped, n) of this block's part are; all else in its tiles is nowhere. It ends
+  // with a barrier.
+  __device__ __forceinline__ void find_numbers(int stage, uint32_t* numbers, uint32_t skipped,
+                                               uint32_t n, Part part) const {
     const auto find = [&](auto number) {
 #pragma unroll 4
-      for (uint32_t i = begin * C::kTile + threadIdx.x; i < end * C::kTile; i += C::kThreads) {
+      for (uint32_t i = part.begin * C::kTile + threadIdx.x; i < part.end * C::kTile;
+           i += C::kThreads) {
         const uint32_t found = number(min(max(i, skipped), n - 1));
         numbers[i] = i < skipped || i >= n ? kNowhere : found;
       }
@@ -169,21 +167,29 @@ class SplitScorer {
     else
       find([&](uint32_t i) { return number_of(token_at(i)); });
     __syncthreads();
+  }
 
-    constexpr uint32_t kStep = C::kScorers;
+  // Score this block's part of keys [skipped, n).
+  __device__ __forceinline__ void score(int stage, float* scores, uint32_t skipped, uint32_t n,
+                                        Part part) const {
+    // The numbers lie where the scores will.
+    auto* numbers = reinterpret_cast<uint32_t*>(scores);
+    find_numbers(stage, numbers, skipped, n, part);
+
+    const Storage& storage = stage == kBlocks ? params_.pooled : params_.keys;
     const uint32_t scorer = __shfl_sync(~0U, threadIdx.x / 128, 0);
     char* keys = memory_.keys + scorer * C::kStages * C::kTileBytes;
     float* scale = memory_.scale + scorer * C::kStages * C::kTile;
     const uint32_t key =
         threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + threadIdx.x % 4 / 2 * 8;
-    uint32_t next = begin + scorer;  // tile to copy
+    uint32_t next = part.begin + scorer;  // tile to copy
     uint32_t filled = 0;  // and its buffer
     const auto copy = [&] {
-      if (next < end)
+      if (next < part.end)
         copy_tile<C>(storage, numbers + next * C::kTile, keys + filled * C::kTileBytes,
                      scale + filled * C::kTile);
       ptx::commit_copies();
-      next += kStep;
+      next += C::kScorers;
       filled = filled + 1 == C::kStages ? 0 : filled + 1;
     };
 #pragma unroll 1
@@ -192,11 +198,11 @@ class SplitScorer {
     float low = INFINITY;
     float high = -INFINITY;
 #pragma unroll 1
-    for (uint32_t tile = begin + scorer; tile < end; tile += kStep) {
+    for (uint32_t tile = part.begin + scorer; tile < part.end; tile += C::kScorers) {
       ptx::wait_for_copies<C::kStages - 2>();
       ptx::fence_async_reads();
       ptx::sync_warpgroup(scorer);  // the tile is there, and the one before is done with
-      if (tile > begin + scorer) copy();
+      if (tile > part.begin + scorer) copy();
       float dots[C::kHeads / 2];
       multiply<C>(dots, ptx::shared_address(keys) + buffer * C::kTileBytes,
                   ptx::shared_address(memory_.queries));
