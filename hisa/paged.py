@@ -219,9 +219,10 @@ def paged_index(
 
     Cost: the operations of `hisa.index` with pooled keys, as `hisa.plan(batch * next_n,
     W * page_size, H, D, pooled=True)` gives them, and on a CPU its workspace: no keys are gathered.
-    On a GPU pooled keys are, and where `hisa.plan` names no kernel "wgmma" the kept blocks' keys as
-    well, `next_n * block_topk * block_size` of a sequence: of as many sequences at a time as fit
-    into 256 MiB, at least one. Source: arXiv 2603.28458; defined by
+    Nor are they on Hopper, where rows are few, at most two for each multiprocessor. On a GPU else
+    pooled keys are, and where `hisa.plan` names no kernel "wgmma" the kept blocks' keys as well,
+    `next_n * block_topk * block_size` of a sequence: of as many sequences at a time as fit into
+    256 MiB, at least one. Source: arXiv 2603.28458; defined by
     `hisa.reference_paged.paged_index`.
     """
     module = _extension.require()
