@@ -197,12 +197,16 @@ class SplitScorer {
     uint32_t buffer = 0;
     float low = INFINITY;
     float high = -INFINITY;
+    // NOTE: all scorers take as many turns, with tiles or without, since racecheck follows barriers
+    // of all threads only where these have met at as many others.
 #pragma unroll 1
-    for (uint32_t tile = part.begin + scorer; tile < part.end; tile += C::kScorers) {
+    for (uint32_t first = part.begin; first < part.end; first += C::kScorers) {
       ptx::wait_for_copies<C::kStages - 2>();
       ptx::fence_async_reads();
       ptx::sync_warpgroup(scorer);  // the tile is there, and the one before is done with
-      if (tile > part.begin + scorer) copy();
+      const uint32_t tile = first + scorer;
+      if (tile >= part.end) continue;
+      if (first > part.begin) copy();
       float dots[C::kHeads / 2];
       multiply<C>(dots, ptx::shared_address(keys) + buffer * C::kTileBytes,
                   ptx::shared_address(memory_.queries));
