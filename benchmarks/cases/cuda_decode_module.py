@@ -4,18 +4,23 @@ The model's own dimensions (hidden 7168, q_lora 1536, 64 heads, 2048 tokens sele
 of which 64 are kept; bf16, one layer, batch 1. A call is 16 steps, one after the other, so that the
 host's time counts wherever the device waits for it. Compiled is as `generate` compiles a model with
 a static cache: one graph, mode "reduce-overhead", which replays CUDA graphs. Mask and angles are
-made in each step, by all peers alike, as in a model's first layer.
+made in each step, by all peers alike, as in a model's first layer. Beside the time of a step stands
+what of it kernels take, by torch's profiler: the rest of an eager step, and of a short graph's, is
+the host's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import hisa
+from benchmarks import report
 from benchmarks.cases.cuda_module import HIDDEN, Q_LORA
 from benchmarks.cases.decode_module import HISA, HISA_FP8, OWN, REST, Decoder
 from benchmarks.harness import Bench
@@ -27,6 +32,8 @@ COMPILING: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
 HEADS, TOPK, BLOCK_TOPK = 64, 2048, 64
 STEPS, ROOM = 16, 2048  # of a call, and for all calls
 MOST_RUNS = 40
+
+Calls = dict[str, Callable[[], object]]
 
 
 class CudaDecoder(Decoder):
@@ -79,6 +86,20 @@ def build(peer: str, *, keys: int, cache: str) -> Callable[[], object]:
     return call
 
 
+def build_and_keep(calls: Calls, peer: str, **shape: Any) -> Callable[[], object]:
+    """Return one peer's call, which is in `calls` too."""
+    calls[peer] = build(peer, **shape)
+    return calls[peer]
+
+
+def kernel_seconds(call: Callable[[], object]) -> float:
+    """Return the time of all kernels of a call."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(float(event.self_device_time_total) for event in profiler.key_averages()) * 1e-6
+
+
 def check(results: Mapping[str, object]) -> None:
     """Raise if peers differ by more than near-ties, at a length that the budget covers."""
     wanted = cast(Tensor, results[OWN])[0]
@@ -98,9 +119,17 @@ def run(bench: Bench) -> None:
         torch._dynamo.reset()  # else every step looks through the graphs of these modules first
         peers = [f"{peer}{how}" for how in hows for peer in (HISA, HISA_FP8, OWN)]
         shape: dict[str, int | str] = {"keys": keys, "cache": cache}
+        calls: Calls = {}
         found = bench.measure(
-            build, (*peers, REST), shape, min_runs=10, max_runs=MOST_RUNS, seconds=1.0
-        )
+            partial(build_and_keep, calls), (*peers, REST), shape,
+            min_runs=10, max_runs=MOST_RUNS, seconds=1.0,
+        )  # fmt: skip
+        lines = [["", "a step", "kernels of it"]]
+        for peer, call in calls.items():
+            step = found[peer].median / STEPS
+            lines.append([peer, *map(report.time_text, (step, kernel_seconds(call) / STEPS))])
+        bench.say("\n" + report.table(lines))
+        calls.clear()
         for how in hows:
             bench.goal(
                 f"Hugging Face's time / patched time, {cache} cache{how}",
