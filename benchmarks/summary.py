@@ -25,7 +25,8 @@ On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_
 `hisa.index` they are; memory beyond the inputs. Random: queries are independent, the worst case.
 Text: they drift, so that neighbours share three of four kept blocks or more. Portable: the kernels
 that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`. Decode: 64 heads, in a CUDA
-graph, but for TileLang, which takes adjacent keys."""
+graph, but for TileLang, which takes adjacent keys; flat is `hisa.paged_index` with every block kept.
+`make bench ARGS=CASE` repeats the rows of a case, with peers as [below](#more)."""
 PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
 HEADER = ("", "hisa", "compared with", "gain", "case")
 
@@ -101,7 +102,7 @@ def decode_rows(results: Path) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for (batch, tokens, next_n), peers in rows.items():
         ours = peers["hisa.paged_index"]
-        others = {name: peers[name] for name in ("flat", DEEPGEMM, "TileLang") if name in peers}
+        others = {name: peers[name] for name in (DEEPGEMM, "TileLang", "flat") if name in peers}
         compared = "; ".join(f"{name}: {time(other)}" for name, other in others.items())
         gain = ", ".join(f"{ratio(other, ours):.1f}x" for other in others.values())
         drafts = "" if next_n == "1" else f", {next_n} tokens each"
