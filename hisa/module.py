@@ -33,8 +33,9 @@ from .windows import Windows
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 128 << 20
 
 Projection = Callable[..., Tensor]
-Rows = Callable[[slice], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
-Finish = Callable[[Tensor, slice], Tensor]  # indices [B * r, k], rows -> what is returned for them
+Some = slice | None  # of a call's rows; None: all of them, as in decoding
+Rows = Callable[[Some], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
+Finish = Callable[[Tensor, Some], Tensor]  # indices [B * r, k], rows -> what is returned for them
 Index = Callable[..., Tensor]  # the arguments and the result of `hisa.index`
 
 
@@ -163,8 +164,8 @@ class HierarchicalIndexer(nn.Module):
         batched = "B" in sizes
         length = count_rows(inputs, sizes)
 
-        def project(rows: slice) -> tuple[Tensor, Tensor]:
-            some = [x[:, rows] if batched else x[rows] for x in inputs]
+        def project(rows: Some) -> tuple[Tensor, Tensor]:
+            some = [pick(x, rows, batched=batched) for x in inputs]
             known = {**sizes, "S" if batched else "M": some[0].shape[int(batched)]}
             q, w = queries(*some), weights(*some)
             check_shape("project_queries", q, "B S H D" if batched else "M H D", known, k.device)
@@ -241,8 +242,8 @@ class HierarchicalIndexer(nn.Module):
             q, weights = q[None], weights[None]
         row_bytes = q[:, :1].numel() * q.dtype.itemsize
 
-        def project(rows: slice) -> tuple[Tensor, Tensor]:
-            return q[:, rows], weights[:, rows]
+        def project(rows: Some) -> tuple[Tensor, Tensor]:
+            return pick(q, rows), pick(weights, rows)
 
         return self._select(project, k, k_scale, windows, sizes, row_bytes)
 
@@ -281,7 +282,7 @@ class HierarchicalIndexer(nn.Module):
             return torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
         settings, keys = self.settings, None
 
-        def select(rows: slice) -> Tensor:
+        def select(rows: Some) -> Tensor:
             nonlocal dtype, keys
             queries, weights = project(rows)
             dtype = dtype or scoring_dtype(queries.dtype, k.dtype)
@@ -293,8 +294,8 @@ class HierarchicalIndexer(nn.Module):
                 keys.k,
                 weights if q_scale is None else weights * q_scale,
                 k_scale=keys.k_scale,
-                ks=windows.packed_ks[:, rows].flatten(),
-                ke=windows.packed_ke[:, rows].flatten(),
+                ks=pick(windows.packed_ks, rows).flatten(),
+                ke=pick(windows.packed_ke, rows).flatten(),
                 cu_seqlens_k=windows.cu_seqlens_k,
                 pooled=keys.pooled,
                 block_size=settings.block_size,
@@ -304,8 +305,8 @@ class HierarchicalIndexer(nn.Module):
             )
             return finish(indices, rows).view(batch, -1, width)
 
-        if step >= length:  # as in decoding, where a copy would show
-            return select(slice(0, length))
+        if step >= length:
+            return select(None)
         selected = torch.empty(batch, length, width, dtype=torch.int32, device=k.device)
         for start in range(0, length, step):
             rows = slice(start, start + step)
@@ -338,8 +339,8 @@ class HierarchicalIndexer(nn.Module):
             letters = "B N" if batched else "N"
             check_shape("k_scale", k_scale, letters, sizes, k.device, torch.float32)
 
-        def positions(indices: Tensor, rows: slice) -> Tensor:
-            start = windows.ks[:, rows].reshape(-1, 1).clamp(min=0)  # as hisa.index reads it
+        def positions(indices: Tensor, rows: Some) -> Tensor:
+            start = pick(windows.ks, rows).reshape(-1, 1).clamp(min=0)  # as hisa.index reads it
             return torch.where(indices >= 0, indices + start, -1)
 
         settings = self.settings
@@ -392,6 +393,13 @@ def pool(settings: Settings, keys: Keys, cu_seqlens_k: Tensor | None) -> tuple[T
         block_size=settings.block_size,
         pooling=settings.pooling,
     )
+
+
+def pick(x: Tensor, rows: Some, *, batched: bool = True) -> Tensor:
+    """Return some rows of `[B, S, ...]`, or of packed `[M, ...]`; for all of them, x itself."""
+    if rows is None:
+        return x
+    return x[:, rows] if batched else x[rows]
 
 
 def rows_per_chunk(row_bytes: int, chunk_bytes: int) -> int:

@@ -23,6 +23,8 @@ from hisa.module import (
     CUDA_CHUNK_BYTES,
     HierarchicalIndexer,
     Index,
+    Some,
+    pick,
     prepare_keys,
     rows_per_chunk,
 )
@@ -68,14 +70,15 @@ def select(
             f"got {windows.keys}"
         )
 
-    def project(rows: slice) -> tuple[Tensor, Tensor]:
-        cos_sin = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
-        queries, scale = project_queries(module, spec, q_resid[:, rows], cos_sin, settings)
-        weights = project_weights(module, hidden_states[:, rows])
+    def project(rows: Some) -> tuple[Tensor, Tensor]:
+        cos, sin = position_embeddings
+        cos_sin = pick(cos, rows), pick(sin, rows)
+        queries, scale = project_queries(module, spec, pick(q_resid, rows), cos_sin, settings)
+        weights = project_weights(module, pick(hidden_states, rows))
         return queries, weights if scale is None else weights * scale
 
-    def finish(indices: Tensor, rows: slice) -> Tensor:
-        ks, ke = windows.ks[:, rows].flatten(), windows.ke[:, rows].flatten()
+    def finish(indices: Tensor, rows: Some) -> Tensor:
+        ks, ke = pick(windows.ks, rows).flatten(), pick(windows.ke, rows).flatten()
         return complete(indices, ks, ke, keys=windows.keys)
 
     def prunes() -> bool:  # asked when the first rows are projected, since the answer takes a while
