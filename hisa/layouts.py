@@ -14,7 +14,7 @@ from torch import Tensor
 from .checking import OPTIONAL, check_types
 from .contract import check_shape
 from .masks import scan
-from .windows import Windows
+from .windows import Windows, entry_origins
 
 
 def count_rows(inputs: tuple[Tensor, ...], sizes: dict[str, int]) -> int:
@@ -98,7 +98,7 @@ def batched_windows(
     if batch * keys >= 2**31:
         raise ValueError(f"k: expected fewer than 2**31 keys in one batch, got {batch} * {keys}")
     sizes = {"B": batch, "S": rows}
-    origins = torch.arange(batch + 1, dtype=torch.int32, device=device) * keys
+    origins = entry_origins(batch, keys, device)
     edges, start = origins, torch.zeros_like(origins[:-1, None])
     if left_padding is not None:
         check_shape("left_padding", left_padding, "B", sizes, device, torch.int32)
@@ -149,7 +149,7 @@ def packed_windows(
         if value is not None:
             check_shape(name, value, "M", {"M": rows}, device, torch.int32)
     if cu_seqlens_k is None:
-        cu_seqlens_k = torch.arange(2, dtype=torch.int32, device=device) * keys
+        cu_seqlens_k = entry_origins(1, keys, device)
         ks = torch.zeros(rows, dtype=torch.int32, device=device) if ks is None else ks
         ke = _own_ends(rows, keys, device, causal).expand(rows) if ke is None else ke
     else:

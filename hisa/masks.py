@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _extension
 from .around import mask_windows
-from .windows import Windows
+from .windows import Windows, entry_origins
 
 
 def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
@@ -41,13 +41,9 @@ def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
         return "attention mask with values that are neither 0 nor masked"
     if broken:
         return "attention mask with a row that is not one range"
-    windows = _pack(ks, ke, batch, queries, mask.shape[2])
-    windows = replace(
-        windows,
-        longest=longest if ks.numel() else 0,
-        reach=min(longest + latest, mask.shape[2]),
-        measured=True,
-    )
+    keys = mask.shape[2]
+    longest, reach = longest if ks.numel() else 0, min(longest + latest, keys)
+    windows = _pack(ks, ke, batch, queries, keys, longest, reach, measured=True)
     if not latest:
         return windows
     starts, kept = _starts(windows)
@@ -67,7 +63,8 @@ def trace(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     if reason := misfit(mask, batch, queries):
         return reason
     ks, ke, _ = mask_windows(mask[:1] if mask.stride(0) == 0 else mask)
-    windows = _pack(ks, ke, batch, queries, mask.shape[2])
+    keys = mask.shape[2]
+    windows = _pack(ks, ke, batch, queries, keys, longest=keys, reach=keys, measured=False)
     origins, end = windows.cu_seqlens_k[:-1], windows.cu_seqlens_k[-1:]
     if queries == 1:
         starts = torch.cat([origins[:, None], windows.packed_ks], 1).flatten()
@@ -101,14 +98,25 @@ def _mask_dtypes() -> frozenset[torch.dtype]:
     return frozenset(known)
 
 
-def _pack(ks: Tensor, ke: Tensor, batch: int, queries: int, keys: int) -> Windows:
+def _pack(
+    ks: Tensor,
+    ke: Tensor,
+    batch: int,
+    queries: int,
+    keys: int,
+    longest: int,
+    reach: int,
+    *,
+    measured: bool,
+) -> Windows:
     """Return windows [B or 1, S or 1] as those of all rows, each entry one segment."""
     ks, ke = ks.expand(batch, queries), ke.expand(batch, queries)
-    origins = torch.arange(batch + 1, device=ks.device, dtype=torch.int32) * keys
+    origins = entry_origins(batch, keys, ks.device)
     return Windows(
         keys=keys,
-        longest=keys,
-        reach=keys,
+        longest=longest,
+        reach=reach,
+        measured=measured,
         ks=ks,
         ke=ke,
         packed_ks=ks if batch == 1 else ks + origins[:-1, None],

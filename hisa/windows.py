@@ -80,6 +80,16 @@ class Windows:
         return found
 
 
+def entry_origins(batch: int, keys: int, device: torch.device) -> Tensor:
+    """Return where the keys of each entry begin in those of all, then their number: [B + 1] int32.
+
+    All of them fit in an int32.
+    """
+    if keys == 0:  # no step
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, batch * keys + 1, keys, dtype=torch.int32, device=device)
+
+
 def causal_windows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Return the windows of causal attention over packed sequences.
 
