@@ -17,8 +17,7 @@ nothing, so tensors made in that mode are never believed.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,8 +27,7 @@ CACHE, DYNAMIC, STATIC = (
 )
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A tensor as it was. Does not keep it alive."""
 
     root: weakref.ref[Tensor]  # it, or what it is a view of
@@ -42,42 +40,40 @@ class Seen:
         """Look at a tensor; None if it is none, or if what is written to it is not counted."""
         if type(tensor) is not Tensor or tensor.is_inference():
             return None
-        root = tensor if tensor._base is None else tensor._base
+        base = tensor._base
+        root = tensor if base is None else base
         view = (tensor.data_ptr(), tensor.stride(), tensor.dtype, tensor.device)
-        return cls(weakref.ref(root), root._version, view, tuple(tensor.shape))
+        return cls(weakref.ref(root), root._version, view, tensor.shape)
 
-    def is_still(self, tensor: object, *, writes: int = 0) -> bool:
-        """Say whether this is that tensor, written to so many times since."""
-        return self._is_of(Seen.of(tensor), writes, self.shape)
+    def became(self, now: Seen, *, writes: int = 0) -> bool:
+        """Say whether what is seen now is that tensor, written to so many times since."""
+        return self.shape == now.shape and self._is_of(now, writes)
 
     def tokens(self, keys: object) -> int:
         """Return how many tokens keys have that are the first tokens of what was seen, else 0."""
-        if type(keys) is not Tensor or keys.dim() != 3 or keys.shape[1] > self.shape[1]:
+        now = Seen.of(keys)
+        if now is None or len(now.shape) != 3 or now.shape[1] > self.shape[1]:
             return 0
-        count = keys.shape[1]
-        shape = (self.shape[0], count, self.shape[2])
-        return count if self._is_of(Seen.of(keys), 0, shape) else 0
+        same = now.shape[::2] == self.shape[::2] and self._is_of(now, 0)
+        return now.shape[1] if same else 0
 
-    def _is_of(self, now: Seen | None, writes: int, shape: tuple[int, ...]) -> bool:
+    def _is_of(self, now: Seen, writes: int) -> bool:
         return (
-            now is not None
-            and now.root() is self.root()
+            now.root() is self.root()
             and now.version == self.version + writes
-            and (now.view, now.shape) == (self.view, shape)
+            and now.view == self.view
         )
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """The keys of a layer, as a call left them."""
 
     keys: Seen  # [B, T, D]
     counter: Seen | None = None  # of a static layer: the tensor that counts its tokens
-    count: int = 0  # what it says
+    used: int = 0  # what it says
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What a call did to the keys of a layer."""
 
     k: Tensor  # [B, T, D], all keys
@@ -93,8 +89,9 @@ def known_layer(cache: Any, index: int) -> Any | None:
     if _function(cache) != CACHE or not isinstance(layers, list) or index >= len(layers):
         return None
     layer = layers[index]
-    compared = any("__eq__" in vars(cls) for cls in type(layer).__mro__[:-1])  # not by identity
-    return None if compared or _function(layer) not in (DYNAMIC, STATIC) else layer
+    kind: Any = type(layer)
+    by_identity = kind.__eq__ is object.__eq__
+    return layer if by_identity and _function(layer) in (DYNAMIC, STATIC) else None
 
 
 def append(cache: Any, index: int, added: Tensor, layer: Any | None, state: State | None) -> Update:
@@ -116,18 +113,14 @@ def _append_dynamic(
     cache: Any, index: int, added: Tensor, layer: Any, state: State | None
 ) -> Update:
     old = layer.indexer_keys
-    tokens = 0 if state is None else state.keys.tokens(old)
     k: Tensor = cache.update_indexer(added, index)
     seen = Seen.of(k) if k is layer.indexer_keys else None
     if seen is None:
         return Update(k, None)
-    known = (
-        state is not None
-        and tokens > 0
-        and state.keys.tokens(old) == tokens  # still
-        and seen.shape == (old.shape[0], tokens + added.shape[1], old.shape[2])
-    )
-    return Update(k, State(seen), known, tokens, k.shape[1])
+    tokens = 0 if state is None else state.keys.tokens(old)  # that nothing wrote to since
+    batch, keys, dim = seen.shape
+    known = tokens > 0 and old.shape == (batch, keys - added.shape[1], dim)
+    return Update(k, State(seen), known, tokens, keys)
 
 
 def _append_static(
@@ -138,15 +131,11 @@ def _append_static(
     seen, counted = Seen.of(k), Seen.of(counter)
     if k is not layer.indexer_keys or seen is None or counted is None:
         return Update(k, None)
-    if (
-        state is not None
-        and state.counter is not None
-        and state.counter.is_still(counter, writes=1)
-    ):
-        last = state.count + added.shape[1]
+    if state is not None and state.counter is not None and state.counter.became(counted, writes=1):
+        last = state.used + added.shape[1]
     else:
         last = int(counter)  # waits for the device
-    known = state is not None and state.keys.is_still(k, writes=1)
+    known = state is not None and state.keys.became(seen, writes=1)
     return Update(k, State(seen, counted, last), known, last - added.shape[1], last)
 
 
