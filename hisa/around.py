@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .checking import OPTIONAL, check_types, named_results
+from .checking import check_types, named_results
 from .contract import check_mask, check_result
 from .fakes import fake_kernel
 
@@ -45,7 +45,7 @@ def mask_windows(
     if out is not None:
         torch.ops.hisa.mask_windows.out(mask, **named_results(out, "ks", "ke", "summary"))
         return out
-    windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows(mask)
+    windows: tuple[Tensor, Tensor, Tensor] = torch.ops.hisa.mask_windows.default(mask)
     return windows
 
 
@@ -90,8 +90,6 @@ def rope_quantize(
         ValueError: a shape, device or `out` is not accepted, or there is nothing to do.
     """
     _extension.require()
-    check_types(Tensor, x=x)
-    check_types(OPTIONAL, cos=cos, sin=sin)
     call = {"first": first, "interleaved": interleaved, "power_of_two": power_of_two}
     if out is not None:
         results = named_results(out, "y", "scale")
@@ -99,7 +97,7 @@ def rope_quantize(
             check_result("scale", results.pop("scale"), (0,), torch.float32, x.device)
         torch.ops.hisa.rope_quantize.out(x, cos, sin, **call, **results)
         return out
-    done: tuple[Tensor, Tensor] = torch.ops.hisa.rope_quantize(
+    done: tuple[Tensor, Tensor] = torch.ops.hisa.rope_quantize.default(
         x, cos, sin, **call, quantize=quantize
     )
     return done
@@ -140,8 +138,7 @@ def complete(indices: Tensor, ks: Tensor, ke: Tensor, *, keys: int) -> Tensor:
         TypeError, ValueError: a dtype, shape or device is not accepted.
     """
     _extension.require()
-    check_types(Tensor, indices=indices, ks=ks, ke=ke)
-    torch.ops.hisa.complete(indices, ks, ke, keys=keys)
+    torch.ops.hisa.complete.default(indices, ks, ke, keys=keys)
     return indices
 
 

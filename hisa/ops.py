@@ -78,7 +78,7 @@ def pool_keys(
     if out is not None:
         torch.ops.hisa.pool_keys.out(k, **call, **named_results(out, "pooled_k", "pooled_scale"))
         return out
-    pooled: Pooled = torch.ops.hisa.pool_keys(k, **call)
+    pooled: Pooled = torch.ops.hisa.pool_keys.default(k, **call)
     return pooled
 
 
@@ -251,7 +251,9 @@ def index(
     if out is not None:
         torch.ops.hisa.index.out(q, k, weights, **call, **selection(out, return_scores))
         return out
-    indices, scores = torch.ops.hisa.index(q, k, weights, **call, return_scores=return_scores)
+    indices, scores = torch.ops.hisa.index.default(
+        q, k, weights, **call, return_scores=return_scores
+    )
     return (indices, scores) if return_scores else indices
 
 
@@ -372,7 +374,9 @@ def flat_index(
     if out is not None:
         torch.ops.hisa.flat_index.out(q, k, weights, **call, **selection(out, return_scores))
         return out
-    indices, scores = torch.ops.hisa.flat_index(q, k, weights, **call, return_scores=return_scores)
+    indices, scores = torch.ops.hisa.flat_index.default(
+        q, k, weights, **call, return_scores=return_scores
+    )
     return (indices, scores) if return_scores else indices
 
 

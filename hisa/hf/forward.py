@@ -35,10 +35,9 @@ class Shared:
         self._warned: set[str] = set()
 
     def note(self, longest: int, pruned_rows: int) -> None:
-        """Remember how long the windows are, and whether any was long enough to be pruned."""
-        with self.lock:
-            self._longest = max(self._longest, longest)
-            self._pruned = self._pruned or pruned_rows > 0
+        """Remember, with the lock held, how long windows are and whether any was to be pruned."""
+        self._longest = max(self._longest, longest)
+        self._pruned = self._pruned or pruned_rows > 0
 
     def warn_if_never_pruned(self) -> None:
         """Warn if no window so far was long enough for a block to be skipped."""
@@ -206,7 +205,7 @@ class PatchedForward(Replacement):
             self._calls += 1
             self._rows += rows
             self._pruned_rows += pruned
-        self.shared.note(windows.longest, pruned)
+            self.shared.note(windows.longest, pruned)
 
     def _count_fallback(self, reason: str) -> None:
         with self.shared.lock:

@@ -115,7 +115,7 @@ class KeptKeys:
             )
             with self._lock:
                 self._records[layer] = record
-        return keys if prune else keys._replace(pooled=None)
+        return keys if prune or keys.pooled is None else keys._replace(pooled=None)
 
 
 def renew(
@@ -128,8 +128,9 @@ def renew(
         k = _splice(record.k, new, update)
         if record.k_scale is not None and scale is not None:
             k_scale = _splice(record.k_scale, scale, update)
-    keys = Keys(k, k_scale, None)
-    if record.pooled is None or record.starts != windows.starts():
+    pooled = record.pooled
+    if pooled is None or record.starts != windows.starts():
+        keys = Keys(k, k_scale, None)
         return keys._replace(pooled=pool(settings, keys, windows.cu_seqlens_k)) if prune else keys
 
     had, size = record.state.keys.shape[1], settings.block_size
@@ -137,7 +138,6 @@ def renew(
         ("renewal", had, update.first, update.last, size, k.device),
         lambda: plan_renewal(windows, had, update.first, update.last, size, k.device),
     )
-    pooled = record.pooled
     if renewal.source is not None:
         pooled = pooled[0][renewal.source], pooled[1][renewal.source]
     if renewal.fresh is not None:
@@ -146,7 +146,7 @@ def renew(
         fresh = pool(settings, Keys(k[tokens], scale, None), None)
         for to, made in zip(pooled, fresh, strict=True):
             to[slots] = made
-    return keys._replace(pooled=pooled)
+    return Keys(k, k_scale, pooled)
 
 
 def plan_renewal(
@@ -194,8 +194,8 @@ def plan_renewal(
 
 def _splice(kept: Tensor, new: Tensor, update: Update) -> Tensor:
     """Put what is new of each entry, [B, S, ...], into what is kept of all, [B * T, ...]."""
-    entries, (keys, first, last) = len(new), (update.k.shape[1], update.first, update.last)
-    kept = kept.unflatten(0, (entries, -1))
+    keys, first, last = update.k.shape[1], update.first, update.last
+    kept = kept.view(len(new), -1, *new.shape[2:])
     if kept.shape[1] == keys:
         kept[:, first:last] = new
     else:

@@ -24,6 +24,8 @@ Angles = tuple[Tensor, Tensor]  # cos, sin: each [B or 1, S, R]
 Indexer: TypeAlias = Any  # an nn.Module with the attributes that models.recognise looks for
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
+SPEC_OF = {spec.model_type: spec for spec in SPECS}
+
 
 def rotate(
     module: Indexer,
@@ -83,18 +85,18 @@ def _rotate_by_model(
 
 def _fits(x: Tensor, angles: Angles, first: int) -> bool:
     """Say whether the operator takes these."""
-    cos, sin = angles
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    (batch, rows, _, dim), dtype, (cos, sin) = x.shape, x.dtype, angles
+    shape = cos.shape
     return (
-        x.dtype in dtypes
-        and x.shape[-1] % 16 == 0
-        and x.shape[-1] <= 256
-        and cos.dtype == sin.dtype == x.dtype
-        and cos.shape == sin.shape
-        and cos.dim() == 3
-        and cos.shape[0] in (1, x.shape[0])
-        and cos.shape[1] == x.shape[1]
-        and cos.shape[2] % 8 == 0
+        dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and dim % 16 == 0
+        and dim <= 256
+        and cos.dtype == sin.dtype == dtype
+        and sin.shape == shape
+        and len(shape) == 3
+        and shape[0] in (1, batch)
+        and shape[1] == rows
+        and shape[2] % 8 == 0
         and first % 8 == 0
     )
 
@@ -106,8 +108,7 @@ def layout(model_type: str, dtype: torch.dtype, device: torch.device) -> bool | 
     Args:
         model_type: of one of `SPECS`. A graph has no constants that are dataclasses.
     """
-    (spec,) = (spec for spec in SPECS if spec.model_type == model_type)
-    return find_layout(rotary(spec), dtype, device)
+    return find_layout(rotary(SPEC_OF[model_type]), dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
