@@ -160,6 +160,13 @@ void check(const RopeArguments& a) {
                          " from 0 to D - R = ", dim - turned, ", got ", a.first));
 }
 
+void check(const FoldArguments& a) {
+  TORCH_CHECK_TYPE(a.weights.is_floating_point(),
+                   join("weights: expected a floating-point tensor, got ", describe(a.weights)));
+  Expected{"scale", "the shape of weights", ScalarType::Float, a.weights.sizes().vec(), "weights"}
+      .check(a.scale, a.weights);
+}
+
 void check(const CompleteArguments& a) {
   Expected{"indices", "[M, topk]", ScalarType::Int, {-1, -1}}.check(a.indices, a.indices);
   TORCH_CHECK_VALUE(a.indices.is_contiguous(), "indices: expected a contiguous tensor");

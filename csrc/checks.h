@@ -59,6 +59,11 @@ struct RopeArguments {
   bool power_of_two;
 };
 
+struct FoldArguments {
+  const at::Tensor& weights;
+  const std::optional<at::Tensor>& scale;
+};
+
 struct CompleteArguments {
   const at::Tensor& indices;
   const at::Tensor& ks;
@@ -97,6 +102,7 @@ void check(const IndexArguments& arguments);
 void check(const FlatArguments& arguments);
 void check(const MaskArguments& arguments);
 void check(const RopeArguments& arguments);
+void check(const FoldArguments& arguments);
 void check(const CompleteArguments& arguments);
 void check(const PagedPoolArguments& arguments);
 void check(const PagedIndexArguments& arguments);

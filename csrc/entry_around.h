@@ -1,6 +1,7 @@
 // The operators around an indexer, once for every device: see hisa/around.py.
 //
-// `Device` is as in entry.h, and provides mask(params), rope(params), complete(params).
+// `Device` is as in entry.h, and provides mask(params), rope(params), fold(params),
+// complete(params).
 #pragma once
 
 #include "entry.h"
@@ -99,6 +100,26 @@ void rope_quantize_out(const Tensor& x, const OptionalTensor& cos, const Optiona
   const bool quantize = scale.has_value();
   write(RopeArguments{x, cos, sin, first, interleaved, quantize, power_of_two}, rope_into<Device>,
         y, scale);
+}
+
+template <class Device>
+Tensor fold_weights(const Tensor& weights, const OptionalTensor& scale, double factor) {
+  check(FoldArguments{weights, scale});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Device device(weights);
+  const at::ScalarType dtype = weights.scalar_type();
+  const bool reads = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const Tensor values = (reads ? weights : weights.to(at::kFloat)).contiguous();
+  const OptionalTensor scales = scale.has_value() ? OptionalTensor(scale->contiguous()) : scale;
+  const Tensor folded = at::empty(weights.sizes(), weights.options().dtype(at::kFloat));
+  if (weights.numel() == 0) return folded;
+  device.fold({.weights = values.const_data_ptr(),
+               .scale = data_or_null<float>(scales),
+               .factor = static_cast<float>(factor),
+               .count = values.numel(),
+               .type = element_type(values.scalar_type()),
+               .folded = folded.mutable_data_ptr<float>()});
+  return folded;
 }
 
 template <class Device>

@@ -57,6 +57,7 @@ TORCH_LIBRARY(hisa, m) {
       "rope_quantize.out(Tensor x, Tensor? cos=None, Tensor? sin=None, *, SymInt first=0,"
       " bool interleaved=False, bool power_of_two=False,"
       " Tensor(a!) y, Tensor(b!)? scale=None) -> ()");
+  m.def("fold_weights(Tensor weights, Tensor? scale=None, *, float factor=1.0) -> Tensor folded");
   m.def("complete(Tensor(a!) indices, Tensor ks, Tensor ke, *, SymInt keys) -> ()");
 }
 

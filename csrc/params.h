@@ -117,6 +117,16 @@ struct RopeParams {
   float* scale;      // [entries, rows, heads] fp32 if quantised
 };
 
+// Weights of heads on their way to the indexer: weights * factor * scale, each product rounded.
+struct FoldParams {
+  const void* weights;  // [count] of `type`
+  const float* scale;   // [count] fp32, may be null: all 1
+  float factor;
+  int64_t count;
+  ElementType type;  // not fp8
+  float* folded;     // [count] fp32
+};
+
 // Unused slots of a selection get positions, and all become absolute: see complete.h.
 struct CompleteParams {
   int32_t* indices;  // [rows, topk], relative to `start`, ascending, then -1

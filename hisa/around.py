@@ -120,6 +120,31 @@ def _(
     return y, x.new_empty(x.shape[:3] if quantize else (0,), dtype=torch.float32)
 
 
+def fold_weights(weights: Tensor, scale: Tensor | None = None, *, factor: float = 1.0) -> Tensor:
+    """Fold scales into the weights of heads: `weights.float() * factor * scale`, in one pass.
+
+    Args:
+        weights: `[...]` floating-point.
+        scale: `[...]` float32; absent means 1.
+
+    Returns:
+        `[...]` float32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not accepted.
+    """
+    _extension.require()
+    folded: Tensor = torch.ops.hisa.fold_weights.default(weights, scale, factor=factor)
+    return folded
+
+
+@fake_kernel("fold_weights")
+def _(weights: Tensor, scale: Tensor | None = None, *, factor: float = 1.0) -> Tensor:
+    return torch.empty_like(
+        weights, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False
+    )
+
+
 def complete(indices: Tensor, ks: Tensor, ke: Tensor, *, keys: int) -> Tensor:
     """Turn relative indices into distinct absolute positions in every slot, in place.
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisa.around import complete, rope_quantize
+from hisa.around import complete, fold_weights, rope_quantize
 from hisa.quantize import quantize_by_torch, quantize_fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,10 +92,34 @@ def test_quantises_as_torch_would(device: str, dtype: torch.dtype) -> None:
 def assert_same_fp8(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
     """The same bytes, but for the sign of NaN."""
     for a, b in zip(found, wanted, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        a, b = a.float(), b.float()
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(0.0).view(torch.int32), b.nan_to_num(0.0).view(torch.int32))
+        assert a.dtype == b.dtype
+        assert_same_floats(a.float(), b.float())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_folds_as_torch_would(device: str, dtype: torch.dtype) -> None:
+    """Product after product, each rounded: what is left out or in another order shows."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 1, 64), (2, 300, 7), (5,)):
+        given = torch.randn(shape, generator=generator)
+        given.view(-1)[:4] = torch.tensor([-0.0, float("inf"), float("nan"), 1e-38])
+        weights = given.to(device, dtype)
+        scale = torch.rand(shape, generator=generator).to(device) * 1e-3
+        for factor in (64**-0.5 * 128**-0.5, 1.0, 1 / 3):
+            wanted = weights.float() * factor
+            assert_same_floats(fold_weights(weights, factor=factor), wanted)
+            assert_same_floats(fold_weights(weights, scale, factor=factor), wanted * scale)
+        turned = fold_weights(weights.mT, scale.mT) if len(shape) > 1 else None
+        if turned is not None:  # not contiguous
+            assert turned.is_contiguous()
+            assert_same_floats(turned, (weights.float() * scale).mT.contiguous())
+
+
+def assert_same_floats(a: Tensor, b: Tensor) -> None:
+    """The same bits, but for which NaN it is."""
+    assert a.dtype == b.dtype == torch.float32 and a.shape == b.shape
+    assert torch.equal(a.isnan(), b.isnan())
+    assert torch.equal(a.nan_to_num(0.0).view(torch.int32), b.nan_to_num(0.0).view(torch.int32))
 
 
 def test_completes_rows_of_all_lengths(device: str) -> None:
@@ -160,6 +184,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], object]]] = [
         lambda: turned(torch.zeros(1, 1, 8), first=16),
     ),
     (ValueError, "first: ", lambda: turned(torch.zeros(1, 1, 8), first=4)),
+    (TypeError, "weights: .*floating-point .*int32", lambda: fold_weights(rows(2, 3))),
+    (TypeError, "scale: .*float32", lambda: fold_weights(torch.zeros(2, 3), rows(2, 3))),
+    (ValueError, "scale: ", lambda: fold_weights(torch.zeros(2, 3), torch.zeros(2, 1))),
     (TypeError, "indices: .*int32", lambda: completed(torch.zeros(2, 3))),
     (ValueError, "contiguous", lambda: completed(torch.zeros(3, 2, dtype=torch.int32).t())),
     (ValueError, "ks: ", lambda: completed(torch.zeros(3, 3, dtype=torch.int32))),
@@ -200,6 +227,10 @@ def test_opcheck(device: str) -> None:
             options = {"first": 8, "quantize": quantize}
             torch.library.opcheck(torch.ops.hisa.rope_quantize.default, (x, cos, sin), options)
         torch.library.opcheck(torch.ops.hisa.rope_quantize.default, (x,), {"quantize": True})
+        weights, scale = x[..., 0], x[..., 0].float().contiguous()
+        for one in (None, scale):
+            fold = torch.ops.hisa.fold_weights.default
+            torch.library.opcheck(fold, (weights, one), {"factor": 0.3})
     given = tuple(rows(*shape).to(device) for shape in ((3, 4), (3,), (3,)))
     torch.library.opcheck(torch.ops.hisa.complete.default, given, {"keys": 5})
 
@@ -208,6 +239,7 @@ def test_empty(device: str) -> None:
     for shape in ((0, 3, 4, 16), (2, 0, 4, 16), (2, 3, 0, 16)):
         y, scale = rope_quantize(torch.zeros(shape, device=device), quantize=True)
         assert y.shape == shape and scale.shape == shape[:3]
+        assert fold_weights(scale, scale).shape == shape[:3]
     assert (
         complete(rows(0, 3).to(device), rows(0).to(device), rows(0).to(device), keys=3).numel() == 0
     )

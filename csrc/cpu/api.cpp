@@ -81,6 +81,13 @@ struct Cpu {
     });
   }
 
+  void fold(const FoldParams& params) {
+    at::parallel_for(0, params.count, kRopeGrain, [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      cpu::fold(params, begin, end);
+    });
+  }
+
   void complete(const CompleteParams& params) {
     const int64_t grain = std::max<int64_t>(1, kMaskGrain / (params.topk + 1));
     at::parallel_for(0, params.rows, grain,
@@ -104,6 +111,7 @@ TORCH_LIBRARY_IMPL(hisa, CPU, m) {
   m.impl("mask_windows.out", &mask_windows_out<Cpu>);
   m.impl("rope_quantize", &rope_quantize<Cpu>);
   m.impl("rope_quantize.out", &rope_quantize_out<Cpu>);
+  m.impl("fold_weights", &fold_weights<Cpu>);
   m.impl("complete", &hisa::complete<Cpu>);
 }
 

@@ -91,6 +91,7 @@ struct Cuda {
 
   void mask(const MaskParams& params) { C10_CUDA_CHECK(launch_mask(params, stream)); }
   void rope(const RopeParams& params) { C10_CUDA_CHECK(launch_rope(params, stream)); }
+  void fold(const FoldParams& params) { C10_CUDA_CHECK(launch_fold(params, stream)); }
   void complete(const CompleteParams& params) { C10_CUDA_CHECK(launch_complete(params, stream)); }
 
  private:
@@ -167,6 +168,7 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("mask_windows.out", &mask_windows_out<Cuda>);
   m.impl("rope_quantize", &rope_quantize<Cuda>);
   m.impl("rope_quantize.out", &rope_quantize_out<Cuda>);
+  m.impl("fold_weights", &fold_weights<Cuda>);
   m.impl("complete", &hisa::complete<Cuda>);
 }
 

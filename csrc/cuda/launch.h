@@ -35,6 +35,7 @@ cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream);
 cudaError_t launch_mask(const MaskParams& params, cudaStream_t stream);
 cudaError_t launch_paged_pool(const PagedPoolParams& params, cudaStream_t stream);
 cudaError_t launch_rope(const RopeParams& params, cudaStream_t stream);
+cudaError_t launch_fold(const FoldParams& params, cudaStream_t stream);
 cudaError_t launch_complete(const CompleteParams& params, cudaStream_t stream);
 
 // One translation unit each: rows_fp8.cu, ...

@@ -37,5 +37,6 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
   m.impl("mask_windows.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("rope_quantize", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("rope_quantize.out", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
+  m.impl("fold_weights", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
   m.impl("complete", torch::CppFunction::makeFromBoxedFunction<&unavailable>());
 }

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hisa.around import complete
+from hisa.around import complete, fold_weights
 from hisa.module import (
     CHUNK_BYTES,
     CUDA_CHUNK_BYTES,
@@ -74,8 +74,7 @@ def select(
         cos, sin = position_embeddings
         cos_sin = pick(cos, rows), pick(sin, rows)
         queries, scale = project_queries(module, spec, pick(q_resid, rows), cos_sin, settings)
-        weights = project_weights(module, pick(hidden_states, rows))
-        return queries, weights if scale is None else weights * scale
+        return queries, project_weights(module, pick(hidden_states, rows), scale)
 
     def finish(indices: Tensor, rows: Some) -> Tensor:
         ks, ke = pick(windows.ks, rows).flatten(), pick(windows.ke, rows).flatten()
@@ -144,9 +143,12 @@ def project_queries(
     return rotate(module, spec, q, cos_sin, quantize=True, power_of_two=settings.power_of_two)
 
 
-def project_weights(module: Indexer, hidden_states: Tensor) -> Tensor:
-    """Return the weight of each head, every scale folded in, [B, r, H] fp32."""
+def project_weights(module: Indexer, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return the weight of each head, every scale folded in, [B, r, H] fp32.
+
+    Args:
+        scale: of the queries, [B, r, H] fp32.
+    """
     projection = module.weights_proj
-    weights: Tensor = projection(hidden_states.to(projection.weight.dtype)).float()
-    scale: float = module.n_heads**-0.5 * module.softmax_scale
-    return weights * scale
+    weights = projection(hidden_states.to(projection.weight.dtype))
+    return fold_weights(weights, scale, factor=module.n_heads**-0.5 * module.softmax_scale)

@@ -47,8 +47,9 @@ class Recorder:
             return project_queries(*arguments)
 
         def weights(*arguments: Any) -> Tensor:
-            self.weights.append(project_weights(*arguments))
-            return self.weights[-1]
+            *projected, _ = arguments
+            self.weights.append(project_weights(*projected))  # without the queries' scales
+            return project_weights(*arguments)
 
         def record(q: Tensor, k: Tensor, weights: Tensor, **options: Any) -> Any:
             self.calls.append((q, k, weights, options["k_scale"]))

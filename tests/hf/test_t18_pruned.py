@@ -48,7 +48,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda m, s, q, *rest: (q.view(*q.shape[:2], HEADS, CHANNELS), None),
     )
     monkeypatch.setattr(under_test, "project_keys", lambda m, s, h, *rest: h[..., :CHANNELS])
-    monkeypatch.setattr(under_test, "project_weights", lambda m, h: h[..., CHANNELS:])
+    monkeypatch.setattr(under_test, "project_weights", lambda m, h, *rest: h[..., CHANNELS:])
 
 
 def random_input(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,36 @@
+// Weights as the indexer takes them, one for each thread.
+#include "lanes.cuh"
+#include "launch.h"
+
+namespace hisa::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ __launch_bounds__(kThreads) void fold_kernel(const __grid_constant__ FoldParams params) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= params.count) return;
+  const float product = __fmul_rn(widen(static_cast<const T*>(params.weights)[i]), params.factor);
+  params.folded[i] = params.scale != nullptr ? __fmul_rn(product, params.scale[i]) : product;
+}
+
+template <class T>
+void launch(const FoldParams& params, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((params.count + kThreads - 1) / kThreads);
+  fold_kernel<T><<<blocks, kThreads, 0, stream>>>(params);
+}
+
+}  // namespace
+
+cudaError_t launch_fold(const FoldParams& params, cudaStream_t stream) {
+  switch (params.type) {
+    case ElementType::kFloat32: launch<float>(params, stream); break;
+    case ElementType::kBFloat16: launch<__nv_bfloat16>(params, stream); break;
+    case ElementType::kFloat16: launch<__half>(params, stream); break;
+    case ElementType::kFloat8E4M3: return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace hisa::cuda
