@@ -110,7 +110,8 @@ def _pack(
     measured: bool,
 ) -> Windows:
     """Return windows [B or 1, S or 1] as those of all rows, each entry one segment."""
-    ks, ke = ks.expand(batch, queries), ke.expand(batch, queries)
+    if ks.shape != (batch, queries):
+        ks, ke = ks.expand(batch, queries), ke.expand(batch, queries)
     origins = entry_origins(batch, keys, ks.device)
     return Windows(
         keys=keys,

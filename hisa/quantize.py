@@ -38,11 +38,12 @@ def quantize_fp8(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tens
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., D] with D >= 1, got {list(x.shape)}")
     if _takes(x):
-        heads = x.shape[-2] if x.dim() > 2 else 1
+        shape = x.shape
+        heads = shape[-2] if len(shape) > 2 else 1
         y, scale = rope_quantize(
-            x.reshape(1, -1, heads, x.shape[-1]), quantize=True, power_of_two=power_of_two
+            x.reshape(1, -1, heads, shape[-1]), quantize=True, power_of_two=power_of_two
         )
-        return y.view(x.shape), scale.view(x.shape[:-1])
+        return y.view(shape), scale.view(shape[:-1])
     return quantize_by_torch(x, power_of_two)
 
 
@@ -126,5 +127,5 @@ def scoring_dtype(q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.dtype:
         k_dtype if q_dtype == FP8 else q_dtype,
         q_dtype if k_dtype == FP8 else k_dtype,
     )
-    dtype = torch.promote_types(q_dtype, k_dtype)
+    dtype = q_dtype if q_dtype == k_dtype else torch.promote_types(q_dtype, k_dtype)
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32

@@ -61,8 +61,8 @@ class Windows:
         """
 
         def find() -> tuple[tuple[int, ...], ...]:
-            entries = len(self.ks)
-            if len(self.cu_seqlens_k) == entries + 1:  # each entry's first key begins one
+            entries = self.ks.shape[0]
+            if self.cu_seqlens_k.shape[0] == entries + 1:  # each entry's first key begins one
                 return ((0,),) * entries
             edges = self.cu_seqlens_k[:-1].tolist()
             return tuple(

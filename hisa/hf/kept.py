@@ -122,13 +122,14 @@ def renew(
     settings: Settings, record: Record, update: Update, windows: Windows, prune: bool
 ) -> Keys:
     """Prepare keys of which all but [first, last) of each entry are those of a record."""
-    k, k_scale = update.k.flatten(0, 1), None
-    if record.k is not None:
+    k_scale, pooled = None, record.pooled
+    if record.k is None:
+        k = update.k.flatten(0, 1)
+    else:
         new, scale = to_precision(settings, update.k[:, update.first : update.last], record.dtype)
         k = _splice(record.k, new, update)
         if record.k_scale is not None and scale is not None:
             k_scale = _splice(record.k_scale, scale, update)
-    pooled = record.pooled
     if pooled is None or record.starts != windows.starts():
         keys = Keys(k, k_scale, None)
         return keys._replace(pooled=pool(settings, keys, windows.cu_seqlens_k)) if prune else keys
@@ -161,20 +162,25 @@ def plan_renewal(
     block that the last of the new keys does not complete is pooled with the one that does, unless
     a window goes beyond these keys: until then it is the last one of every window that meets it.
     """
+
+    def slot(token: int) -> int:  # of the first block that begins there or behind
+        return -(-token // block_size)
+
     keys, starts = windows.keys, windows.starts()
-    slots, had_slots = (-(-len(starts) * length // block_size) for length in (keys, had))
+    slots, had_slots = slot(len(starts) * keys), slot(len(starts) * had)
     # In a static cache nothing moves, and the blocks behind the new keys stay too.
     moved = slots != had_slots or (len(starts) > 1 and had != keys)
     source = torch.zeros(slots, dtype=torch.int64, device="cpu") if moved else None
     fresh, tokens = [], []
     for entry, begins in enumerate(starts):
         for start, end in pairwise((*begins, keys)):
-            before, now = (-(-(entry * length + start) // block_size) for length in (had, keys))
-            changed, past = (min(max(0, token - start), end - start) for token in (first, last))
-            blocks = (end - start) // block_size
-            low, high = changed // block_size, past // block_size
+            before, now = slot(entry * had + start), slot(entry * keys + start)
+            length = end - start
+            low = min(max(0, first - start), length) // block_size
+            past = min(max(0, last - start), length)
+            high = past // block_size
             if windows.reach > last:
-                high = min(blocks, -(-past // block_size))
+                high = min(length // block_size, slot(past))
             if source is not None:
                 source[now : now + low] = torch.arange(before, before + low, device="cpu")
             fresh += [now + block for block in range(low, high)]
@@ -194,10 +200,8 @@ def plan_renewal(
 
 def _splice(kept: Tensor, new: Tensor, update: Update) -> Tensor:
     """Put what is new of each entry, [B, S, ...], into what is kept of all, [B * T, ...]."""
-    keys, first, last = update.k.shape[1], update.first, update.last
-    kept = kept.view(len(new), -1, *new.shape[2:])
-    if kept.shape[1] == keys:
-        kept[:, first:last] = new
-    else:
-        kept = torch.cat([kept[:, :first], new], dim=1)
-    return kept.flatten(0, 1)
+    entries = kept.view(update.k.shape[0], -1, *new.shape[2:])
+    if entries.shape[1] == update.k.shape[1]:
+        entries[:, update.first : update.last] = new
+        return kept
+    return torch.cat([entries[:, : update.first], new], dim=1).flatten(0, 1)
