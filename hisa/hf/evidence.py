@@ -9,6 +9,8 @@ A cache layer of transformers has the keys of all tokens, [B, T, D]:
 So what an earlier call left is there if the layer has the very tensor of then, or a view of its
 first tokens, and nothing was written to it since, which torch counts. Keys that were reordered,
 repeated, selected, offloaded, reset, copied or restored are another tensor or have been written to.
+Nothing but its keys tells which beam an entry came from: comparing these reads all of them, as
+pooling them again does, and would need the old ones to be held.
 
 NOTE: torch does not count what is written through `.data` or by NumPy. In inference mode it counts
 nothing, so tensors made in that mode are never believed.

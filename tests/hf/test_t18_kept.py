@@ -375,6 +375,18 @@ def test_inference_mode(chat: Chat) -> None:
         assert chat.kept.reused == 3
 
 
+def test_nothing_is_kept_for_a_layer_that_equals_others(chat: Chat) -> None:
+    """Else one layer would find what is kept beside another."""
+    kind = type(chat.layer)
+    alike: dict[str, Any] = {"__eq__": lambda *both: True, "__hash__": lambda layer: 0}
+    step(chat)
+    reused = chat.kept.reused
+    chat.layer.__class__ = type("Alike", (kind,), alike)
+    step(chat)
+    step(chat)
+    assert chat.kept.reused == reused > 0
+
+
 def test_quantised_keys_are_kept_before_any_row_is_pruned(chat: Chat) -> None:
     chat.begin()
     chat.pads = [0]
