@@ -27,17 +27,41 @@ SHAPES = {  # of random calls: heads and head dimensions, the frequent ones seve
 }
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 Rng = np.random.Generator
+# What csrc/cuda/sm90 takes, and what tests have there instead of other dtypes.
+HOPPER_HEADS, HOPPER_DEPTHS = (16, 32, 64, 128), (64, 128)
+HOPPER_DTYPES = {torch.float32: torch.bfloat16, torch.float16: FP8}
 shapes = "any"  # set by the option --shapes
+
+
+def shaped(**wanted: Any) -> dict[str, Any]:
+    """Return the H, D and dtype of a test that would do with others: as they are, or as `--shapes`.
+
+    With `--shapes hopper` small numbers become some that csrc/cuda/sm90 takes, still different
+    ones: heads 8 times as many or more, channels twice as many. It has neither fp32 nor fp16.
+    """
+    if shapes == "any":
+        return wanted
+
+    def fit(name: str, value: Any) -> Any:
+        if name == "dtype":
+            return HOPPER_DTYPES.get(value, value)
+        factor, fitting = {"H": (8, HOPPER_HEADS), "D": (2, HOPPER_DEPTHS)}[name]
+        enough = (n for n in fitting if n >= factor * value)
+        return value if value in fitting else next(enough, fitting[-1])
+
+    return {name: fit(name, value) for name, value in wanted.items()}
 
 
 def exact_case(seed: int, *, budget: float = 1.5e6, **fixed: Any) -> Case:
     """Return a random call, exact in fp32; `fixed` pins dtype, H, D, N, M, B or any other field.
 
-    `budget` bounds M * N * H * D. `--shapes` says which H and D there are.
+    `budget` bounds M * N * H * D. `--shapes` says which dtypes, H and D there are; with larger ones
+    it is more.
     """
     rng = np.random.default_rng(seed)
     all_heads, depths = SHAPES[shapes]
-    dtype = fixed.pop("dtype", DTYPES[rng.integers(4)])
+    budget *= 1 if shapes == "any" else 8
+    dtype = fixed.pop("dtype", random_dtype(rng))
     heads = fixed.pop("H", int(rng.choice(all_heads)))
     depth = fixed.pop("D", int(rng.choice(depths)))
     size = fixed.pop("B", int(rng.choice(BLOCK_SIZES, p=[0.3, 0.2, 0.15, 0.15, 0.1, 0.1])))
@@ -108,6 +132,12 @@ def lowest_bit(x: F32) -> float:
     mantissa, exponent = np.frexp(x[x != 0].astype(np.float64))
     whole = np.abs(mantissa * 2.0**24).astype(np.int64)
     return float(np.min((whole & -whole) * 2.0 ** (exponent - 24.0), initial=2.0**60))
+
+
+def random_dtype(rng: Rng) -> torch.dtype:
+    """Return one of the dtypes, or of those of `--shapes`."""
+    dtype: torch.dtype = shaped(dtype=DTYPES[rng.integers(4)])["dtype"]
+    return dtype
 
 
 def random_length(rng: Rng, size: int, limit: float) -> int:
@@ -188,10 +218,10 @@ def as_tensor(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return tensor
 
 
-def random_case(seed: int, dtype: torch.dtype, *, M: int = 6, N: int = 300, H: int = 4, D: int = 32,
-                **fields: Any) -> Case:  # fmt: skip
+def random_case(seed: int, dtype: torch.dtype, *, M: int = 6, N: int = 300, **fields: Any) -> Case:
     """Return a call on normally distributed floats: inexact sums, hardly any tie."""
-    inputs = random_inputs(seed, M=M, N=N, H=H, D=D, dtype=dtype, causal=False)
+    sizes = {name: fields.pop(name, n) for name, n in shaped(H=4, D=32).items()}
+    inputs = random_inputs(seed, M=M, N=N, **sizes, dtype=dtype, causal=False)
     return Case(**{**inputs, "ks": None, "ke": None, **fields})
 
 

@@ -62,10 +62,22 @@ any_family = family
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, or where hisa was built without CUDA."""
+    if builders.shapes == "hopper":  # which has kernels for two of the dtypes
+        skip = pytest.mark.skip(reason="not of --shapes hopper")
+        for item in items:
+            if dtype_of(item) in builders.HOPPER_DTYPES:
+                item.add_marker(skip)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not usable_cuda():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU and a build with CUDA"))
+
+
+def dtype_of(item: pytest.Item) -> torch.dtype | None:
+    """Return the dtype that a test is parametrised with."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    dtype: torch.dtype | None = parameters.get("dtype")
+    return dtype
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,21 @@ import torch
 from torch import Tensor
 
 from hisa import reference_paged
-from tests.builders import BLOCK_SIZES, INT_MAX, INT_MIN, Rng, exact_case, int32, with_exact_queries
+from tests.builders import (
+    BLOCK_SIZES,
+    INT_MAX,
+    INT_MIN,
+    Rng,
+    exact_case,
+    int32,
+    random_dtype,
+    shaped,
+    with_exact_queries,
+)
 from tests.case import Case, moved
 from tests.checker import Result
 from tests.families import Family
-from tests.numeric import DTYPES, FP8
+from tests.numeric import FP8
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -179,15 +189,14 @@ def last_rows(lengths: list[int], next_n: int) -> dict[str, Any]:
 def exact_paged(seed: int, **fixed: Any) -> Paged:
     """Return a random paged call, exact in fp32: lengths ragged and empty, prefixes shared."""
     rng = np.random.default_rng([seed, 1])
-    dtype = fixed.pop("dtype", DTYPES[rng.integers(4)])
+    dtype = fixed.pop("dtype", random_dtype(rng))
     size = fixed.pop("B", int(rng.choice(BLOCK_SIZES[1:], p=[0.35, 0.25, 0.2, 0.1, 0.1])))
     page_size = fixed.pop("page_size", int(rng.choice([p for p in PAGE_SIZES if p <= size])))
     next_n = fixed.pop("next_n", int(rng.choice([1, 1, 2, 3, 5, 8])))
     lengths = fixed.pop("lengths", random_lengths(rng, size, page_size))
+    sizes = shaped(H=int(rng.choice([1, 2, 3, 5])), D=int(rng.choice([16, 32, 48])))
     case = exact_case(seed, dtype=dtype, B=size, M=len(lengths) * next_n, N=sum(lengths),
-                      H=fixed.pop("H", int(rng.choice([1, 2, 3, 5]))),
-                      D=fixed.pop("D", int(rng.choice([16, 32, 48]))),
-                      **last_rows(lengths, next_n), **fixed)  # fmt: skip
+                      **{**sizes, **last_rows(lengths, next_n), **fixed})  # fmt: skip
     if dtype != FP8:
         case = case.replace(k_scale=None)
     shared = min(lengths) // page_size if rng.random() < 0.4 else 0

@@ -17,7 +17,7 @@ import torch
 
 import hisa
 from tests import oracle
-from tests.builders import exact_case, int32
+from tests.builders import HOPPER_DEPTHS, HOPPER_HEADS, exact_case, int32
 from tests.case import Case
 from tests.checker import assert_same
 from tests.families import CUDA, hopper
@@ -57,8 +57,8 @@ def is_hopper(dtype: torch.dtype, heads: int, depth: int) -> bool:
     return (
         hopper()
         and dtype in (torch.float8_e4m3fn, torch.bfloat16)
-        and heads in (16, 32, 64, 128)
-        and depth in (64, 128)
+        and heads in HOPPER_HEADS
+        and depth in HOPPER_DEPTHS
     )
 
 

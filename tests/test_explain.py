@@ -18,8 +18,8 @@ import torch
 import hisa
 from hisa.agreement import Explanation
 from hisa.agreement.explanation import MOST_LOST, MOST_MARKS
-from tests import oracle
-from tests.builders import causal, exact_case, int32, random_case
+from tests import builders, oracle
+from tests.builders import causal, exact_case, int32, random_case, shaped
 from tests.case import Case
 from tests.numeric import FP8, decode
 from tests.test_agreement import hot_token
@@ -107,6 +107,7 @@ def test_blocks_and_losses(seed: int, device: str) -> None:
             assert token.below == (None if found.bar is None else found.bar - block.coarse)
 
 
+@pytest.mark.skipif(builders.shapes != "any", reason="scores of many heads and channels tie less")
 def test_the_inputs_say_something() -> None:
     """Many rows of the calls above lose tokens, some are empty, some tie with the bar."""
     cases = [exact_case(seed, budget=3e5) for seed in CASES]
@@ -219,7 +220,8 @@ def test_reasons(device: str) -> None:
 
 def many(blocks: int) -> Explanation:
     """A row over many blocks, from token 20 on."""
-    case = random_case(3, torch.float32, M=1, N=8 * blocks + 16, H=2, D=16, topk=40, block_topk=6)
+    case = random_case(3, torch.float32, M=1, N=8 * blocks + 16, topk=40, block_topk=6,
+                       **shaped(H=2, D=16))  # fmt: skip
     return explain(case.replace(ks=int32([20])))
 
 

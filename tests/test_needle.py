@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import hisa
+from tests.builders import shaped
 from tests.numeric import FP8, short_name
 from tests.paged import new_pages, new_slots, write
 
-H, D, B, PAGE, LENGTH = 2, 16, 32, 16, 420
+H, D = shaped(H=2, D=16).values()
+B, PAGE, LENGTH = 32, 16, 420
 PROMPT, NEEDLE = 400, 133  # not at a block's edge; the budget is 96 tokens of 3 blocks
 OPTIONS: dict[str, Any] = {"block_topk": 3, "topk": 20}
 Step = Callable[[slice], Tensor]  # appends these tokens, selects for them

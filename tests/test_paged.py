@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import INT_MAX, INT_MIN, int32, random_case
+from tests.builders import INT_MAX, INT_MIN, int32, random_case, shaped
 from tests.case import same_bytes
 from tests.checker import assert_same
 from tests.families import REFERENCE, Family
@@ -57,14 +57,14 @@ def test_exact_fuzz(any_family: Family, start: int) -> None:
         assert torch.equal(places, physical(paged, torch.from_numpy(want.indices)))
 
 
-def random_paged(seed: int, dtype: torch.dtype, heads: int, depth: int) -> Paged:
+def random_paged(seed: int, dtype: torch.dtype, H: int, D: int) -> Paged:
     """Return a paged call on normally distributed floats, long enough to lose blocks."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([16, 32, 64, 128]))
     page_size = int(rng.choice([p for p in PAGE_SIZES if p <= size]))
     next_n = int(rng.integers(1, 9))
     lengths = [int(n) for n in rng.integers(0, 12 * size, rng.integers(1, 4))]
-    case = random_case(seed, dtype, M=len(lengths) * next_n, N=sum(lengths), H=heads, D=depth,
+    case = random_case(seed, dtype, M=len(lengths) * next_n, N=sum(lengths), H=H, D=D,
                        **last_rows(lengths, next_n), block_size=size, block_topk=4,
                        topk=int(rng.integers(1, 3 * size)),
                        pooling=str(rng.choice(["mean", "max"])))  # fmt: skip
@@ -76,7 +76,7 @@ def random_paged(seed: int, dtype: torch.dtype, heads: int, depth: int) -> Paged
 def test_rounded_sums(family: Family, dtype: torch.dtype, heads: int, depth: int) -> None:
     """Random floats: the bytes of `index` and `pool_keys` on the packed keys."""
     for seed in range(12):
-        paged = random_paged(seed, dtype, heads, depth)
+        paged = random_paged(seed, dtype, **shaped(H=heads, D=depth))
         pooled = paged.pool(family)
         assert_slots(paged, pooled, family.pool_keys(paged.case))
         for mine, packed in zip(pooled.index(family), family.index(paged.case), strict=True):
@@ -91,8 +91,8 @@ def test_every_length(family: Family, dtype: torch.dtype, page_size: int, size: 
     near = sorted({e + d for e in edges for d in (-2, -1, 0, 1, 2) if e + d >= 0})
     for next_n in (1, 3):
         paged = exact_paged(page_size + next_n, dtype=dtype, B=size, page_size=page_size,
-                            next_n=next_n, lengths=near, H=2, D=16, block_topk=3,
-                            topk=size + 1)  # fmt: skip
+                            next_n=next_n, lengths=near, block_topk=3, topk=size + 1,
+                            **shaped(H=2, D=16))  # fmt: skip
         pooled = paged.pool(family)
         assert_slots(paged, pooled, family.pool_keys(paged.case))
         assert_same(pooled.index(family), oracle.index(paged.case))
@@ -122,8 +122,8 @@ def test_padded_entries(any_family: Family, dtype: torch.dtype) -> None:
 
     Integration bugs: padding of a CUDA graph.
     """
-    paged = exact_paged(3, dtype=dtype, B=32, page_size=16, next_n=2, lengths=[100, 130], H=2, D=16,
-                        block_topk=3, topk=40)  # fmt: skip
+    paged = exact_paged(3, dtype=dtype, B=32, page_size=16, next_n=2, lengths=[100, 130],
+                        block_topk=3, topk=40, **shaped(H=2, D=16))  # fmt: skip
     pooled = paged.pool(any_family)
     want = pooled.index(any_family)
     row = paged.block_table[1:]
@@ -150,7 +150,8 @@ def test_padded_entries(any_family: Family, dtype: torch.dtype) -> None:
 
 def test_a_sequence_ends_at_a_hole(any_family: Family) -> None:
     """An id outside [0, P) cuts the sequence there, wherever its length says it ends."""
-    paged = exact_paged(5, B=32, page_size=16, next_n=1, lengths=[200], dtype=torch.float32)
+    paged = exact_paged(5, B=32, page_size=16, next_n=1, lengths=[200],
+                        **shaped(dtype=torch.float32))  # fmt: skip
     pooled = paged.pool(any_family)
     for hole in range(13):
         table = paged.block_table.clone()
@@ -171,7 +172,8 @@ def test_a_sequence_ends_at_a_hole(any_family: Family) -> None:
 @pytest.mark.parametrize("hole", [2046, 2048, 2050, 4998, 5000])
 def test_a_hole_far_behind(any_family: Family, hole: int) -> None:
     """A long row of the table is looked at to its end: the last block is the one before a hole."""
-    paged = exact_paged(9, B=32, page_size=16, next_n=1, lengths=[32], dtype=torch.float32)
+    paged = exact_paged(9, B=32, page_size=16, next_n=1, lengths=[32],
+                        **shaped(dtype=torch.float32))  # fmt: skip
     first, last = paged.block_table[0, :2].tolist()
     other = next(page for page in range(len(paged.pages)) if page not in (first, last))
     table = torch.full((1, 5000), other, dtype=torch.int32)  # of NaN, and few pages in all
@@ -201,8 +203,8 @@ def test_lengths_beyond_the_table(any_family: Family) -> None:
 def test_what_is_never_read(any_family: Family) -> None:
     """Poison in the slots of first and last candidates, and in tokens behind a row's window."""
     for seed in range(8):
-        paged = exact_paged(seed, B=32, page_size=16, next_n=3, lengths=[333, 200], H=2, D=16,
-                            block_topk=3, topk=50)  # fmt: skip
+        paged = exact_paged(seed, B=32, page_size=16, next_n=3, lengths=[333, 200],
+                            block_topk=3, topk=50, **shaped(H=2, D=16))  # fmt: skip
         pooled = paged.pool(any_family)
         want = pooled.index(any_family)
         for s, n in enumerate((333, 200)):
@@ -218,8 +220,9 @@ def test_what_is_never_read(any_family: Family) -> None:
 @pytest.mark.parametrize("next_n", [1, 4, 40])
 def test_rows_do_not_see_later_tokens(any_family: Family, next_n: int) -> None:
     """Row r is the row of a shorter sequence: later keys, even NaN, are not there for it."""
-    paged = exact_paged(11, B=16, page_size=16, next_n=next_n, lengths=[150], H=2, D=16,
-                        dtype=torch.float32, block_topk=3, topk=20)  # fmt: skip
+    paged = exact_paged(11, B=16, page_size=16, next_n=next_n, lengths=[150],
+                        block_topk=3, topk=20,
+                        **shaped(H=2, D=16, dtype=torch.float32))  # fmt: skip
     whole = paged.pool(any_family).index(any_family)
     for row in range(next_n):
         n = 150 - next_n + row + 1
@@ -257,7 +260,7 @@ def test_subnormal_keys_count(family: Family) -> None:
     """Whatever the floating-point settings of the thread that calls."""
     if family.device != "cpu":
         pytest.skip("a setting of CPUs")
-    paged = random_paged(0, torch.float32, 1, 16)
+    paged = random_paged(0, torch.float32, H=1, D=16)
     tiny = paged.case.replace(k=paged.case.k * 2.0**-128)
     paged = paged.replace(case=tiny, pages=paged.pages * 2.0**-128)
     want = paged.pool(family)
@@ -275,7 +278,8 @@ def test_subnormal_keys_count(family: Family) -> None:
 
 def test_empty_calls(any_family: Family) -> None:
     """No sequence, no page, a table without columns: the obvious answer."""
-    paged = exact_paged(0, B=32, page_size=16, lengths=[50, 70], next_n=2, dtype=torch.float32)
+    paged = exact_paged(0, B=32, page_size=16, lengths=[50, 70], next_n=2,
+                        **shaped(dtype=torch.float32))  # fmt: skip
     none = paged.case.rows(slice(0, 0)).replace(k=paged.case.k[:0], cu_seqlens_k=int32([0]))
     no_sequence = paged.replace(case=none, block_table=paged.block_table[:0],
                                 seq_lens=paged.seq_lens[:0])  # fmt: skip

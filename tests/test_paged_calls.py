@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from tests.builders import int32
+from tests.builders import int32, shaped
 from tests.case import same_bytes
 from tests.families import Family
 from tests.numeric import FP8
@@ -185,7 +185,7 @@ def test_compiled_decode_step(family: Family, dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for lengths in ([300, 205], [310, 64]):
-        paged = small(lengths=lengths)
+        paged = small(lengths=lengths, **shaped(H=2, D=32))
         slots = [t.clone() for t in paged.pooled()]
         got = compiled(paged.case.q, paged.pages, paged.case.weights, *slots, paged.block_table,
                        paged.seq_lens)  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hisa
 from tests import oracle
-from tests.builders import int32
+from tests.builders import int32, shaped
 from tests.case import same_bytes
 from tests.checker import assert_same
 from tests.families import CPU, Family
@@ -40,14 +40,15 @@ def test_layouts(any_family: Family, dtype: torch.dtype) -> None:
 
     Integration bugs: the layout of a cache.
     """
-    paged = small(dtype)
+    paged = small(dtype, **shaped(H=2, D=32))
     pooled = paged.pool(any_family)
     want = pooled.index(any_family)
     size = paged.pages[0].numel() * paged.pages.element_size()
     layouts = [spread(paged.pages, size + 48), spread(paged.pages, 2 * size, 32)]
     if dtype == FP8:
-        layouts += [paged.pages.view(-1, 16, 36), paged.pages.view(-1, 16, 1, 36)]
-        layouts += [layouts[0].unflatten(1, (16, 36)), layouts[1].unflatten(1, (16, 1, 36))]
+        token = paged.case.shape[3] + 4  # bytes
+        layouts += [paged.pages.view(-1, 16, token), paged.pages.view(-1, 16, 1, token)]
+        layouts += [layouts[0].unflatten(1, (16, token)), layouts[1].unflatten(1, (16, 1, token))]
     ids = paged.block_table
     tables = [ids.T.contiguous().T, torch.cat([ids, ids], 1)[:, : ids.shape[1]]]
     changes = [{"pages": pages} for pages in layouts] + [{"block_table": ids} for ids in tables]
@@ -66,7 +67,7 @@ def test_layouts(any_family: Family, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=short_name)
 def test_queries_and_weights_of_any_strides(family: Family, dtype: torch.dtype) -> None:
     """They are copied if they have to be."""
-    paged = small(dtype).pool(family)
+    paged = small(dtype, **shaped(H=2, D=32)).pool(family)
     case = paged.case
     q = case.q.view(torch.uint8).transpose(0, 1).contiguous().transpose(0, 1).view(dtype)
     odd = paged.replace(case=case.replace(q=q, weights=case.weights.T.contiguous().T))
@@ -78,8 +79,8 @@ def test_pooled_keys_beside_their_pages(family: Family) -> None:
     """One entry holds a page, its pooled key and the scale: who copies it copies all of them."""
     if family.device != "cpu":
         pytest.skip("on the CPU, where views of memory are what is given")
-    paged = small()
-    size, depth = paged.pages.shape[1], 32
+    paged = small(**shaped(H=2, D=32))
+    size, depth = paged.pages.shape[1], paged.case.shape[3]
     pool = fill(torch.empty(len(paged.pages), size + depth + 16, dtype=torch.uint8))
     pool[:, :size] = paged.pages
     pooled_k = pool[:, size : size + depth].view(FP8)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import int32
+from tests.builders import int32, shaped
 from tests.case import same_bytes
 from tests.families import Family
 from tests.numeric import DTYPES, FP8, short_name
 from tests.paged import api, new_pages, new_slots, write
 
-HEADS, DEPTH = 2, 16
+HEADS, DEPTH = shaped(H=2, D=16).values()
 
 
 @dataclass(eq=False)

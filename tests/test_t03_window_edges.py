@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import INT_MAX, INT_MIN, exact_case, int32
+from tests.builders import INT_MAX, INT_MIN, exact_case, int32, shaped
 from tests.case import Case
 from tests.checker import assert_same
 from tests.families import CUDA, Family
@@ -26,9 +26,7 @@ def windows_case(spans: list[tuple[int, int]], *, seed: int = 0, **fields: Any) 
     """Return an exact call with one row per window."""
     ks, ke = int32([s for s, _ in spans]), int32([e for _, e in spans])
     base: dict[str, Any] = {
-        "dtype": torch.float32,
-        "H": 2,
-        "D": 16,
+        **shaped(dtype=torch.float32, H=2, D=16),
         "N": 80,
         "B": 8,
         "block_topk": 3,
@@ -70,10 +68,12 @@ def test_every_length_in_a_shifted_segment(family: Family, shift: int) -> None:
     ("dtype", "heads", "depth"),
     [
         (torch.bfloat16, 2, 64),
+        (torch.bfloat16, 16, 64),
         (torch.bfloat16, 3, 256),
         (torch.float16, 40, 128),
         (FP8, 5, 48),
         (FP8, 20, 128),
+        (FP8, 64, 128),
     ],
     ids=str,
 )
@@ -130,7 +130,8 @@ def test_missing_windows(any_family: Family, ks: bool, ke: bool, packed: bool) -
 @pytest.mark.parametrize(("rows", "keys"), [(0, 0), (0, 40), (3, 0), (3, 1)])
 def test_no_rows_no_keys(any_family: Family, rows: int, keys: int) -> None:
     """M = 0 and N = 0 are valid calls with the obvious answer, of full width."""
-    case = exact_case(1, M=rows, N=keys, H=3, D=16, B=8, topk=9, block_topk=2, ks=None)
+    case = exact_case(1, M=rows, N=keys, **shaped(H=3, D=16), B=8, topk=9, block_topk=2,
+                      ks=None)  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         typed = case.replace(q=case.q.float().to(dtype), k=case.k.float().to(dtype))
         assert_same(any_family.index(typed), oracle.index(typed))
@@ -139,7 +140,8 @@ def test_no_rows_no_keys(any_family: Family, rows: int, keys: int) -> None:
 
 def test_fewer_keys_than_topk(family: Family) -> None:
     """All tokens, then -1 up to the full width, with k far above N."""
-    case = exact_case(2, M=4, N=21, H=1, D=16, B=256, block_topk=9, topk=2304, ks=None)
+    case = exact_case(2, M=4, N=21, **shaped(H=1, D=16), B=256, block_topk=9, topk=2304,
+                      ks=None)  # fmt: skip
     result = family.index(case)
     assert result.indices.shape == (4, 2304)
     assert_same(result, oracle.index(case))

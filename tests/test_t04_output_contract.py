@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import exact_case, random_case
+from tests.builders import exact_case, random_case, shaped
 from tests.checker import Result, assert_same, assert_valid_output
 from tests.families import REFERENCE
 
@@ -51,7 +51,7 @@ def test_checker_rejects(what: str) -> None:
 
 def test_comparison_rejects_one_wrong_token() -> None:
     """Positive control of `assert_same`: one token or one score bit of one row."""
-    case = exact_case(3, M=4, N=200, B=8, topk=8, H=2, ks=None)
+    case = exact_case(3, M=4, N=200, B=8, topk=8, ks=None, **shaped(H=2))
     expected, got = oracle.index(case), REFERENCE.index(case)
     assert_same(got, expected)
     got.indices[2, 3] += 1

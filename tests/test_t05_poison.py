@@ -17,7 +17,7 @@ import torch
 
 import hisa
 from tests import builders, guard_cuda, oracle
-from tests.builders import exact_case, int32
+from tests.builders import exact_case, int32, shaped
 from tests.case import TENSORS, Case, same_bytes
 from tests.checker import assert_same
 from tests.families import Family
@@ -60,8 +60,9 @@ def test_keys_outside_all_windows(any_family: Family, dtype: torch.dtype, packed
     cu = int32([0, 37, 37, 130, 200]) if packed else None
     ks, ke = int32([40, 45, 41, 60]), int32([125, 93, 111, 61])
     for seed in range(6):
-        case = exact_case(seed, dtype=dtype, N=200, M=4, H=2, D=16, B=8, block_topk=3, topk=9,
-                          ks=ks, ke=ke, cu_seqlens_k=cu, k_scale=torch.ones(200))  # fmt: skip
+        case = exact_case(seed, dtype=dtype, N=200, M=4, B=8, block_topk=3, topk=9, ks=ks, ke=ke,
+                          cu_seqlens_k=cu, k_scale=torch.ones(200),
+                          **shaped(H=2, D=16))  # fmt: skip
         outside = ~seen_tokens(case)
         assert outside.sum() > 100
         poisoned = case.replace(
@@ -75,8 +76,9 @@ def test_keys_outside_all_windows(any_family: Family, dtype: torch.dtype, packed
 def test_pooled_slots_that_are_never_read(any_family: Family, dtype: torch.dtype) -> None:
     """Pooled keys of first and last candidates, cut blocks and other segments are not read."""
     for seed in range(6):
-        case = exact_case(seed, dtype=dtype, N=205, M=5, H=2, D=16, B=8, block_topk=3, topk=24,
-                          ks=int32([3, 70, 59, 3, 58]), ke=int32([54, 200, 205, 30, 58]),
+        case = exact_case(seed, dtype=dtype, N=205, M=5, B=8, block_topk=3, topk=24,
+                          **shaped(H=2, D=16), ks=int32([3, 70, 59, 3, 58]),
+                          ke=int32([54, 200, 205, 30, 58]),
                           cu_seqlens_k=int32([3, 57, 205]))  # fmt: skip
         pooled, scale = oracle.as_pooled(case)
         unread = ~read_slots(case)
@@ -87,11 +89,12 @@ def test_pooled_slots_that_are_never_read(any_family: Family, dtype: torch.dtype
 
 def test_pooled_keys_given_are_used(any_family: Family) -> None:
     """Positive control of the last test: slots that are read do decide."""
-    case = exact_case(0, dtype=torch.float32, N=208, M=1, H=1, D=16, B=8, block_topk=3, topk=24,
-                      ks=None, cu_seqlens_k=None)  # fmt: skip
-    case = case.replace(q=torch.ones_like(case.q), weights=torch.ones(1, 1))
+    case = exact_case(0, N=208, M=1, B=8, block_topk=3, topk=24, ks=None, cu_seqlens_k=None,
+                      **shaped(H=1, D=16, dtype=torch.float32))  # fmt: skip
+    case = case.replace(q=torch.ones(case.q.shape).to(case.q.dtype),
+                        weights=torch.ones_like(case.weights))  # fmt: skip
     for slot in (1, 13, 24):
-        pooled = torch.zeros(26, 16)
+        pooled = torch.zeros(26, case.shape[3], dtype=case.k.dtype)
         pooled[slot] = 1
         result = any_family.index(case, pooled=(pooled, torch.ones(26)))
         blocks = (result.indices[0] // 8).unique().tolist()
@@ -101,8 +104,9 @@ def test_pooled_keys_given_are_used(any_family: Family) -> None:
 def test_neighbour_segment_is_poison(any_family: Family) -> None:
     """All of the neighbours' keys NaN, all scales NaN: no block straddles two documents."""
     cu = int32([0, 13, 150, 163])
-    case = exact_case(4, dtype=torch.bfloat16, N=163, M=6, H=2, D=16, B=8, block_topk=3, topk=11,
-                      ks=int32([13] * 6), ke=int32([150, 149, 148, 90, 37, 14]), cu_seqlens_k=cu,
+    case = exact_case(4, dtype=torch.bfloat16, N=163, M=6, B=8, block_topk=3, topk=11,
+                      **shaped(H=2, D=16), ks=int32([13] * 6), cu_seqlens_k=cu,
+                      ke=int32([150, 149, 148, 90, 37, 14]),
                       k_scale=torch.ones(163))  # fmt: skip
     where = torch.ones(163, dtype=torch.bool)
     where[13:150] = False

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders import causal, exact_case, int32, random_case
+from tests import builders
+from tests.builders import causal, exact_case, int32, random_case, shaped
 from tests.case import Case, same_bytes
 from tests.checker import Result
 from tests.families import CUDA, Family
@@ -30,8 +31,10 @@ def same(a: Result, b: Result) -> bool:
 
 def workload(seed: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     """Return a causal batch with ties (seed odd) or random floats (seed even)."""
+    dtype = shaped(dtype=dtype)["dtype"]
     if seed % 2:
-        return exact_case(seed, dtype=dtype, M=40, N=400, H=2, D=16, B=8, topk=21, block_topk=5)
+        return exact_case(seed, dtype=dtype, M=40, N=400, B=8, topk=21, block_topk=5,
+                          **shaped(H=2, D=16))  # fmt: skip
     return causal(random_case(seed, dtype, M=40, N=400, block_topk=5, topk=21))
 
 
@@ -128,7 +131,9 @@ def repeat_on_cuda(case: Case, calls: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 40, 129])
 def test_number_of_threads(family: Family, rows: int) -> None:
     """1, 2, 3 and 8 threads give the same bytes, with more and with fewer rows than threads."""
-    case = causal(random_case(rows, torch.float32, M=rows, N=600, block_topk=5, topk=21))
+    case = causal(
+        random_case(rows, **shaped(dtype=torch.float32), M=rows, N=600, block_topk=5, topk=21)
+    )
     results, pooled = [], []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
@@ -195,6 +200,8 @@ def test_flush_to_zero_on_some_threads(family: Family) -> None:
 
 SCRIPT = """
 import hashlib, torch, hisa
+from tests import builders
+builders.shapes = {shapes!r}
 from tests.test_t06_determinism import workload
 from tests.families import FAMILIES
 family = next(f for f in FAMILIES if f.name == {name!r})
@@ -209,7 +216,7 @@ print(digest.hexdigest())
 
 def test_other_processes(family: Family) -> None:
     """Two fresh processes print the same hash as each other."""
-    script = SCRIPT.format(name=family.name)
+    script = SCRIPT.format(name=family.name, shapes=builders.shapes)
     root = Path(__file__).parent.parent
     runs = [
         subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
@@ -237,7 +244,7 @@ def test_return_scores_changes_nothing(family: Family) -> None:
 
 def test_optional_arguments_have_their_defaults(family: Family) -> None:
     """No k_scale is a scale of 1, no windows are [0, N), no segments are one segment."""
-    case = random_case(0, torch.float16, block_topk=5, topk=21)
+    case = random_case(0, **shaped(dtype=torch.float16), block_topk=5, topk=21)
     m, n = case.shape[:2]
     spelled = case.replace(k_scale=torch.ones(n), ks=int32([0] * m), ke=int32([n] * m),
                            cu_seqlens_k=int32([0, n]))  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import Rng, as_tensor, causal, exact_case, int32, random_case
+from tests.builders import Rng, as_tensor, causal, exact_case, int32, random_case, shaped
 from tests.case import Case, same_bytes
 from tests.checker import Result
 from tests.families import Family
@@ -36,8 +36,8 @@ def packed_case(seed: int) -> Case:
     ke = rng.integers(np.minimum(ks, past), past + 1)
     if seed % 3 == 0:
         ks, ke, edges = np.zeros(m, np.int64), rng.integers(1, n + 1, m), np.array([0, n])
-    return random_case(seed, DTYPES[seed % 4], M=m, N=n, H=3, D=16, block_topk=4, topk=13,
-                       ks=int32(ks), ke=int32(ke), cu_seqlens_k=int32(edges),
+    return random_case(seed, M=m, N=n, **shaped(H=3, D=16, dtype=DTYPES[seed % 4]),
+                       block_topk=4, topk=13, ks=int32(ks), ke=int32(ke), cu_seqlens_k=int32(edges),
                        pooling=("mean", "max")[seed % 2])  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def keys_outside_the_window(family: Family, case: Case, rng: Rng) -> None:
     row = int(rng.integers(len(case.q)))
     outside = torch.ones(len(case.k), dtype=torch.bool)
     outside[int(case.ks[row]) : int(case.ke[row])] = False
-    noise = random_case(int(rng.integers(1 << 30)), case.k.dtype, N=len(case.k), D=16)
+    noise = random_case(int(rng.integers(1 << 30)), case.k.dtype, N=len(case.k), D=case.shape[3])
     k = case.k.clone().view(torch.uint8)
     k[outside] = noise.k.view(torch.uint8)[outside]
     scale = case.k_scale
@@ -111,13 +111,15 @@ def scaled_keys(family: Family, case: Case, rng: Rng) -> None:
 
 def head_permutation(family: Family, case: Case, rng: Rng) -> None:
     """On exact inputs the order of the heads does not matter, nor does a head of weight 0."""
-    exact = exact_case(int(rng.integers(1 << 30)), H=5, D=32, budget=2e5)
-    order = torch.from_numpy(rng.permutation(5))
+    exact = exact_case(int(rng.integers(1 << 30)), budget=2e5, **shaped(H=5, D=32))
+    order = torch.from_numpy(rng.permutation(exact.shape[2]))
     mixed = exact.replace(q=exact.q.float()[:, order].to(exact.q.dtype),
                           weights=exact.weights[:, order])  # fmt: skip
     a, b = family.index(exact), family.index(mixed)
     assert torch.equal(a.indices, b.indices) and torch.equal(a.scores, b.scores)
-    q = torch.cat([exact.q.float(), torch.ones(len(exact.q), 1, 32)], dim=1).to(exact.q.dtype)
+    q = torch.cat([exact.q.float(), torch.ones(len(exact.q), 1, exact.shape[3])], dim=1).to(
+        exact.q.dtype
+    )
     weights = torch.cat([exact.weights, torch.zeros(len(exact.q), 1)], dim=1)
     c = family.index(exact.replace(q=q, weights=weights))
     assert torch.equal(a.indices, c.indices) and torch.equal(a.scores, c.scores)
@@ -125,8 +127,8 @@ def head_permutation(family: Family, case: Case, rng: Rng) -> None:
 
 def channel_permutation(family: Family, case: Case, rng: Rng) -> None:
     """On exact inputs the order of the channels does not matter."""
-    exact = exact_case(int(rng.integers(1 << 30)), H=2, D=48, budget=2e5)
-    order = torch.from_numpy(rng.permutation(48))
+    exact = exact_case(int(rng.integers(1 << 30)), budget=2e5, **shaped(H=2, D=48))
+    order = torch.from_numpy(rng.permutation(exact.shape[3]))
     mixed = exact.replace(q=exact.q.float()[..., order].to(exact.q.dtype),
                           k=exact.k.float()[:, order].to(exact.k.dtype))  # fmt: skip
     a, b = family.index(exact), family.index(mixed)
@@ -136,7 +138,7 @@ def channel_permutation(family: Family, case: Case, rng: Rng) -> None:
 def left_padding(family: Family, case: Case, rng: Rng) -> None:
     """Keys in front, in a segment of their own, any number: indices are relative to the window."""
     pad = int(rng.integers(1, 40))
-    front = random_case(int(rng.integers(1 << 30)), case.k.dtype, N=pad, D=16)
+    front = random_case(int(rng.integers(1 << 30)), case.k.dtype, N=pad, D=case.shape[3])
     k = torch.cat([front.k.view(torch.uint8), case.k.view(torch.uint8)]).view(case.k.dtype)
     scale = case.k_scale
     scale = None if scale is None else torch.cat([front.k_scale, scale])
@@ -237,7 +239,7 @@ def test_chunked_prefill_is_one_shot(family: Family, dtype: torch.dtype) -> None
     tokens.
     """
     n = 61
-    case = causal(random_case(7, dtype, M=n, N=n, H=2, D=16, block_topk=3, topk=10))
+    case = causal(random_case(7, dtype, M=n, N=n, block_topk=3, topk=10, **shaped(H=2, D=16)))
     whole, flat = family.index(case), family.flat_index(case)
 
     def chunk(start: int, end: int) -> Case:
@@ -256,11 +258,13 @@ def test_chunked_prefill_is_one_shot(family: Family, dtype: torch.dtype) -> None
 
 def test_needle_in_an_early_chunk(family: Family) -> None:
     """The last chunk still reaches a needle that came many chunks before."""
-    k = np.zeros((400, 16))
+    heads, depth, dtype = shaped(H=1, D=16, dtype=torch.float32).values()
+    k = np.zeros((400, depth))
     k[96:104, 3] = 1  # one block in the middle of the past
-    q = np.zeros((2, 1, 16))
+    q = np.zeros((2, heads, depth))
     q[:, :, 3] = 1
-    case = Case(q=as_tensor(q), k=as_tensor(k), weights=torch.ones(2, 1), block_topk=3, topk=9)
+    case = Case(q=as_tensor(q, dtype), k=as_tensor(k, dtype), weights=torch.ones(2, heads),
+                block_topk=3, topk=9)  # fmt: skip
     case = causal(case)
     for row in family.index(case).indices.tolist():
         assert set(range(96, 104)) <= set(row)

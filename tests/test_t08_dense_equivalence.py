@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import causal, exact_case, int32, random_case
+from tests.builders import causal, exact_case, int32, random_case, shaped
 from tests.case import Case, same_bytes
 from tests.checker import Result
 from tests.families import Family
@@ -28,8 +28,8 @@ def test_equal_to_flat_when_the_budget_covers(
 ) -> None:
     """Windows that meet at most m blocks: indices and scores are flat's, bit for bit."""
     for seed in range(3):
-        case = random_case(seed, dtype, M=5, N=5 * size - 3, H=heads, D=depth, block_size=size,
-                           block_topk=5, topk=2 * size - 1,
+        case = random_case(seed, dtype, M=5, N=5 * size - 3, **shaped(H=heads, D=depth),
+                           block_size=size, block_topk=5, topk=2 * size - 1,
                            ks=int32([0, 1, size - 1, 2 * size + 3, 4 * size]))  # fmt: skip
         for pooling in ("mean", "max"):
             got, want = family.index(case, pooling=pooling), family.flat_index(case)
@@ -38,7 +38,9 @@ def test_equal_to_flat_when_the_budget_covers(
 
 def test_boundary_of_the_budget(family: Family) -> None:
     """Every prefix of a prompt: equal to flat up to exactly m blocks, pruned from one more on."""
-    case = causal(random_case(3, torch.float32, M=80, N=80, D=16, block_topk=4, topk=32))
+    case = causal(
+        random_case(3, M=80, N=80, block_topk=4, topk=32, **shaped(dtype=torch.float32, D=16))
+    )
     got, want = family.index(case), family.flat_index(case)
     covered = case.ke.numpy() <= 4 * 8
     same = (got.indices == want.indices).all(1).numpy()
@@ -124,11 +126,14 @@ def test_recall_floor_on_clustered_keys(family: Family) -> None:
     Not a contract of the op, but a drop here means that blocks are ranked by something else.
     """
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(32, 32, generator=generator).repeat_interleave(32, dim=0)
-    k = centres + 0.3 * torch.randn(1024, 32, generator=generator)
-    q = torch.randn(16, 4, 32, generator=generator)
-    weights = torch.rand(16, 4, generator=generator)
-    case = Case(q=q, k=k, weights=weights, block_size=16, block_topk=16, topk=64)
+    heads, depth, dtype = shaped(H=4, D=32, dtype=torch.float32).values()
+    centres = torch.randn(32, depth, generator=generator).repeat_interleave(32, dim=0)
+    k = centres + 0.3 * torch.randn(1024, depth, generator=generator)
+    q = torch.randn(16, heads, depth, generator=generator)
+    weights = torch.rand(16, heads, generator=generator)
+    case = Case(
+        q=q.to(dtype), k=k.to(dtype), weights=weights, block_size=16, block_topk=16, topk=64
+    )
     assert recall(family.index(case), family.flat_index(case)) > 0.95
     assert recall(family.index(case, block_topk=64), family.flat_index(case)) == 1
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import Rng, exact_case
+from tests.builders import Rng, exact_case, shaped
 from tests.case import Case
 from tests.checker import assert_same
 from tests.families import Family
@@ -36,7 +36,7 @@ def compare(family: Family, case: Case) -> None:
 def base_case(seed: int, dtype: torch.dtype) -> Case:
     """Return an exact call with some pruned rows."""
     return exact_case(
-        seed, dtype=dtype, N=150, M=5, H=2 + seed % 2, D=16, B=8, block_topk=5, topk=19
+        seed, N=150, M=5, B=8, block_topk=5, topk=19, **shaped(dtype=dtype, H=2 + seed % 2, D=16)
     )
 
 
@@ -109,10 +109,12 @@ def test_nan_dot_adds_zero(any_family: Family) -> None:
 
 def test_nan_scores_are_reported_and_taken_last(any_family: Family) -> None:
     """NaN and -inf tokens share the last rank: the lower token wins, and its score is unchanged."""
-    k = torch.ones(6, 16)
+    heads, depth, dtype = shaped(H=1, D=16, dtype=torch.float32).values()
+    k = torch.ones(6, depth).to(dtype)
     scale = torch.tensor([torch.nan, 1, torch.inf, 2, torch.nan, torch.inf])
-    weights = torch.tensor([[-1.0]])
-    case = Case(q=torch.ones(1, 1, 16), k=k, weights=weights, k_scale=scale, topk=4)
+    q, weights = torch.zeros(1, heads, depth).to(dtype), -torch.ones(1, heads)
+    q[0, 0, :16] = 1
+    case = Case(q=q, k=k, weights=weights, k_scale=scale, topk=4)
     result = any_family.flat_index(case)
     assert result.indices.tolist() == [[0, 1, 2, 3]]
     assert result.scores[0].isnan().tolist() == [True, False, False, False]
@@ -123,7 +125,7 @@ def test_nan_scores_are_reported_and_taken_last(any_family: Family) -> None:
 def test_nan_blocks_never_repeat_or_shorten_a_row(any_family: Family) -> None:
     """Blocks whose pooled score is NaN are taken last, each once, and still fill the row."""
     case = base_case(1, torch.float32).replace(ks=None, ke=None, cu_seqlens_k=None, topk=38)
-    pooled = (torch.ones(19, 16), torch.full((19,), torch.nan))
+    pooled = (torch.ones(19, case.shape[3]).to(case.k.dtype), torch.full((19,), torch.nan))
     blocks = (any_family.index(case, pooled=pooled).indices // 8).unique().tolist()
     assert blocks == [0, 1, 2, 3, 18]
     pooled[1][11] = 1
@@ -136,36 +138,44 @@ def test_nan_blocks_never_repeat_or_shorten_a_row(any_family: Family) -> None:
 def test_every_fp8_byte(any_family: Family, argument: str) -> None:
     """All 256 byte values of float8_e4m3fn decode as the format says, in queries and in keys."""
     byte = torch.arange(256, dtype=torch.uint8)
-    one = torch.zeros(16).to(FP8)
+    heads, depth = shaped(H=2 if argument == "k" else 1, D=16).values()
+    one = torch.zeros(depth).to(FP8)
     one[0] = 1.0
-    every = torch.zeros(256, 16, dtype=torch.uint8)
+    every = torch.zeros(256, depth, dtype=torch.uint8)
     every[:, 0] = byte
     if argument == "k":
-        both = torch.stack([one.float(), -one.float()])[None].to(FP8)
-        case = Case(q=both, k=every.view(FP8), weights=torch.tensor([[1.0, -1.0]]), topk=256)
+        both, weights = torch.zeros(1, heads, depth), torch.zeros(1, heads)
+        both[0, 0], both[0, 1] = one.float(), -one.float()
+        weights[0, 0], weights[0, 1] = 1, -1
+        case = Case(q=both.to(FP8), k=every.view(FP8), weights=weights, topk=256)
         values = any_family.flat_index(case).scores[0]
         want = byte.view(FP8).float()
         want = torch.where(want.isnan(), 0.0, want)
         assert torch.equal(values, want)
     else:
         keys = torch.stack([one.float(), -one.float()]).to(FP8)
-        case = Case(q=every.view(FP8)[:, None], k=keys, weights=torch.ones(256, 1), topk=2)
+        queries = torch.zeros(256, heads, depth, dtype=torch.uint8)
+        queries[:, 0] = every
+        case = Case(q=queries.view(FP8), k=keys, weights=torch.ones(256, heads), topk=2)
         values = any_family.flat_index(case).scores
         want = byte.view(FP8).float()
         want = torch.where(want.isnan(), 0.0, want)
         assert torch.equal(values[:, 0], want.clamp(min=0))
         assert torch.equal(values[:, 1], (-want).clamp(min=0))
-    assert_same(any_family.flat_index(case), oracle.flat_index(case, oracle.ieee_score))
+    few = case.replace(q=case.q[..., :16], k=case.k[:, :16])  # the other channels are zeros
+    assert_same(any_family.flat_index(case), oracle.flat_index(few, oracle.ieee_score))
 
 
 def test_every_half_and_bfloat16_pattern(any_family: Family) -> None:
     """All 65,536 patterns of fp16 and bf16 as keys: subnormals, infinities and NaN included."""
+    heads, depth = shaped(H=2, D=16).values()
     for dtype in (torch.float16, torch.bfloat16):
-        k = torch.zeros(65536, 16, dtype=torch.int16)
+        k = torch.zeros(65536, depth, dtype=torch.int16)
         k[:, 0] = torch.arange(-32768, 32768).short()
-        q = torch.zeros(1, 2, 16, dtype=dtype)
+        q, weights = torch.zeros(1, heads, depth, dtype=dtype), torch.zeros(1, heads)
         q[0, 0, 0], q[0, 1, 0] = 1, -1
-        case = Case(q=q, k=k.view(dtype), weights=torch.tensor([[1.0, -1.0]]), topk=65536)
+        weights[0, 0], weights[0, 1] = 1, -1
+        case = Case(q=q, k=k.view(dtype), weights=weights, topk=65536)
         values = any_family.flat_index(case).scores[0]
         want = k.view(dtype)[:, 0].float()
         assert torch.equal(values, torch.where(want.isnan(), 0.0, want))
@@ -181,6 +191,6 @@ def test_pooled_overflow_to_infinity(any_family: Family) -> None:
 def test_blocks_of_zeros(any_family: Family, dtype: torch.dtype) -> None:
     """A block of zeros pools to zeros, with the smallest scale in fp8: no division by zero."""
     case = base_case(3, dtype)
-    compare(any_family, case.replace(k=torch.zeros(150, 16).to(dtype)))
+    compare(any_family, case.replace(k=torch.zeros(case.k.shape).to(dtype)))
     tiny = torch.full((150,), 2.0**-40)  # amax / 448 below the smallest scale
     compare(any_family, case.replace(k_scale=tiny))

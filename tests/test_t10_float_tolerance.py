@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import interval, oracle
-from tests.builders import causal, int32, random_case
+from tests.builders import causal, int32, random_case, shaped
 from tests.case import Case
 from tests.checker import Result
 from tests.families import Family
@@ -42,7 +42,7 @@ def check_tokens(
 @pytest.mark.parametrize(("heads", "depth"), SHAPES)
 def test_flat(any_family: Family, dtype: torch.dtype, heads: int, depth: int) -> None:
     """The flat selection."""
-    case = causal(random_case(0, dtype, M=4, N=300, H=heads, D=depth, topk=64))
+    case = causal(random_case(0, dtype, M=4, N=300, topk=64, **shaped(H=heads, D=depth)))
     result = any_family.flat_index(case)
     for row in range(4):
         check_tokens(any_family, case, result, row, 0, np.arange(int(case.ke[row])))
@@ -55,8 +55,9 @@ def test_hierarchical(
     any_family: Family, dtype: torch.dtype, heads: int, depth: int, pooling: str
 ) -> None:
     """Pooled keys, then kept blocks, then tokens of the kept blocks, each within its own bounds."""
-    case = random_case(1, dtype, M=4, N=301, H=heads, D=depth, topk=48, block_topk=9,
-                       pooling=pooling, ks=int32([0, 13, 14, 29]), ke=int32([301, 301, 200, 281]),
+    case = random_case(1, dtype, M=4, N=301, **shaped(H=heads, D=depth), topk=48,
+                       block_topk=9, pooling=pooling, ks=int32([0, 13, 14, 29]),
+                       ke=int32([301, 301, 200, 281]),
                        cu_seqlens_k=int32([0, 13, 301]))  # fmt: skip
     case.ke[0] = 13
     pooled, pooled_scale = any_family.pool_keys(case)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.builders import int32
+from tests.builders import int32, shaped
 from tests.case import Case
 from tests.checker import Result, assert_same
 from tests.families import CUDA, Family
@@ -27,11 +27,12 @@ MILLION = 1_048_579
 def integer_case(
     m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
 ) -> Case:
-    """Return one head of small integers: exact, and cheap to make."""
+    """Return few heads of small integers: exact, and cheap to make."""
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(-2, 3, (m, 1, 16), generator=generator).to(dtype)
-    k = torch.randint(-2, 3, (n, 16), generator=generator).to(dtype)
-    weights = torch.randint(1, 3, (m, 1), generator=generator).float()
+    heads, depth, dtype = shaped(H=1, D=16, dtype=dtype).values()
+    q = torch.randint(-2, 3, (m, heads, depth), generator=generator).to(dtype)
+    k = torch.randint(-2, 3, (n, depth), generator=generator).to(dtype)
+    weights = torch.randint(1, 3, (m, heads), generator=generator).float()
     arguments = {"q": q, "k": k, "weights": weights, "block_size": 128, "topk": 512, **fields}
     return Case(**arguments)
 
@@ -71,6 +72,7 @@ def test_a_million_keys_on_tensor_cores(dtype: torch.dtype) -> None:
     assert_same(CUDA.index(case), oracle.index(case))
 
 
+@pytest.mark.seconds(180)
 @pytest.mark.parametrize("m", [70_000, 131_073])
 def test_many_rows(family: Family, m: int) -> None:
     """More rows than a 16-bit grid dimension holds, and more than twice as many."""
@@ -85,6 +87,7 @@ def test_many_rows(family: Family, m: int) -> None:
     assert_rows(Result(*(t.cpu() for t in got)), case, rows, flat=True)
 
 
+@pytest.mark.seconds(180)
 def test_rows_times_keys_beyond_32_bits(family: Family) -> None:
     """M * N = 7 * 10^10, with short windows all over the keys."""
     m = 70_000

@@ -16,11 +16,13 @@ from torch import Tensor
 
 import hisa
 from hisa.around import mask_windows
+from tests.builders import shaped
 from tests.case import same_bytes
 from tests.numeric import DTYPES, short_name
 
 pytestmark = pytest.mark.gpu
-M, N, H, D = 24, 3000, 8, 64
+M, N = 24, 3000
+H, D = shaped(H=8, D=64).values()
 OPTIONS: dict[str, Any] = {"block_size": 32, "block_topk": 6, "topk": 50}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import hisa
-from tests.builders import exact_case, int32, random_case
+from tests.builders import exact_case, int32, random_case, shaped
 from tests.case import same_bytes
 from tests.numeric import DTYPES, FP8, short_name
 from tests.results import FUNCTIONS, RESULTS, Call, around_calls, paged_call, selections, typical
@@ -83,9 +83,11 @@ def test_of_nothing(device: str, dtype: torch.dtype) -> None:
 
 def test_pooled_keys(device: str) -> None:
     """A store selects into [S, n, topk], or [n, topk] for one segment."""
-    store = hisa.PooledKeys(3, 32, dtype=torch.float32, device=device, block_size=8)
-    store.append(torch.randn(3, 203, 32, device=device))
-    q, weights = torch.randn(3, 2, 4, 32, device=device), torch.rand(3, 2, 4, device=device)
+    heads, depth, dtype = shaped(H=4, D=32, dtype=torch.float32).values()
+    store = hisa.PooledKeys(3, depth, dtype=dtype, device=device, block_size=8)
+    store.append(torch.randn(3, 203, depth, device=device).to(dtype))
+    q = torch.randn(3, 2, heads, depth, device=device).to(dtype)
+    weights = torch.rand(3, 2, heads, device=device)
     for which in (None, 1):
         rows = (q, weights) if which is None else (q[1], weights[1])
         few: dict[str, Any] = {"block_topk": 4, "topk": 20, "segments": which}
@@ -267,9 +269,10 @@ def test_compile(device: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for m, n in [(5, 60), (6, 61), (9, 133)] if dynamic else [(5, 60)]:
-        case = random_case(m + n, torch.float32, M=m, N=n, H=2, D=16).to(device)
+        case = random_case(m + n, M=m, N=n, **shaped(H=2, D=16, dtype=torch.float32)).to(device)
         results = (torch.zeros(m, 9, dtype=torch.int32), torch.zeros(m, 9),
-                   torch.zeros(-(-n // 8), 16), torch.zeros(-(-n // 8)))  # fmt: skip
+                   torch.zeros(-(-n // 8), case.shape[3], dtype=case.k.dtype),
+                   torch.zeros(-(-n // 8)))  # fmt: skip
         eager, ours = ([t.to(device).clone() for t in results] for _ in range(2))
         want = step(case.q, case.k, case.weights, *eager)
         assert torch.equal(compiled(case.q, case.k, case.weights, *ours), want)

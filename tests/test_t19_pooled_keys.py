@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 import hisa
+from tests.builders import shaped
 from tests.case import same_bytes
 from tests.numeric import FP8, short_name
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-H, D = 2, 16
+H, D = shaped(H=2, D=16).values()
 KINDS = [  # dtype, scaled, B, pooling, capacity in blocks
     (BF16, False, 8, "mean", None),
     (BF16, True, 16, "max", 20),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hisa
-from tests.builders import random_case
+from tests.builders import random_case, shaped
 from tests.families import Family
 from tests.numeric import DTYPES, short_name
 
@@ -151,7 +151,8 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
 def test_no_growth_over_many_calls(family: Family) -> None:
     """Thousands of calls of many lengths, failed ones among them, leave no memory behind."""
-    case = random_case(0, torch.float32, M=3, N=300, H=1, D=16).to(family.device)
+    case = random_case(0, M=3, N=300, **shaped(H=1, D=16, dtype=torch.float32))
+    case = case.to(family.device)
 
     def burst(calls: int) -> None:
         for i in range(calls):
