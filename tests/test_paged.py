@@ -98,6 +98,22 @@ def test_every_length(family: Family, dtype: torch.dtype, page_size: int, size: 
         assert_same(pooled.index(family), oracle.index(paged.case))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=short_name)
+@pytest.mark.parametrize(("page_size", "size"), [(16, 16), (16, 32)])
+@pytest.mark.parametrize(("heads", "depth", "next_n"), [(2, 16, 1), (16, 64, 1), (16, 64, 2)])
+def test_all_lengths(
+    family: Family, heads: int, depth: int, next_n: int, page_size: int, size: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Every length from none to three blocks and a page more, as the sequences of one call."""
+    paged = exact_paged(size, dtype=dtype, B=size, page_size=page_size, next_n=next_n, H=heads,
+                        D=depth, lengths=list(range(3 * size + page_size + 1)), block_topk=3,
+                        topk=size + 1)  # fmt: skip
+    pooled = paged.pool(family)
+    assert_slots(paged, pooled, family.pool_keys(paged.case))
+    assert_same(pooled.index(family), oracle.index(paged.case))
+
+
 def test_only_the_new_blocks_are_pooled(any_family: Family) -> None:
     """`new_tokens`, at every distance from the end of a block: these slots, and no other."""
     for length in range(60, 68):

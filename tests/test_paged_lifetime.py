@@ -105,6 +105,22 @@ class Server:
         self.api.paged_pool(*on, **self.table(), new_tokens=new_tokens, block_size=self.size)
         self.pooled = (on[1].cpu(), on[2].cpu())
 
+    def assert_nothing_is_lost(self) -> None:
+        """Assert that each page is free or used, and that each complete block has its bytes."""
+        used = {page for sequence in self.sequences for page in sequence.pages}
+        assert len(self.free) == len(set(self.free)) and not used & set(self.free)
+        assert len(self.free) + len(used) == len(self.pages), "pages have leaked"
+        for sequence in self.sequences:
+            assert len(sequence.pages) == -(-len(sequence.k) // self.page_size)
+            scale = sequence.scale.to(self.family.device) if self.dtype == FP8 else None
+            keys = sequence.k.to(self.family.device)
+            fresh = self.family.api.pool_keys(keys, k_scale=scale, block_size=self.size)
+            each = self.size // self.page_size  # pages of a block; the last one's slot is its own
+            slots = sequence.pages[each - 1 :: each][: len(sequence.k) // self.size]
+            for mine, want in zip(self.pooled, fresh, strict=True):
+                for number, slot in enumerate(slots):
+                    assert same_bytes(mine[slot : slot + 1], want[number : number + 1].cpu()), slot
+
     def assert_right(self, next_n: int = 2) -> None:
         """Compare every sequence's selection with that from its keys in one piece."""
         rows = len(self.sequences) * next_n
@@ -158,6 +174,11 @@ def test_random_lives(family: Family, dtype: torch.dtype, page_size: int, size: 
             server.append(sequence, most := 1 + server.pick(size))
         server.pool(most)
         server.assert_right()
+        server.assert_nothing_is_lost()
+    for sequence in server.sequences:
+        server.cut(sequence, 0)
+    server.assert_nothing_is_lost()
+    assert sorted(server.free) == list(range(200))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
