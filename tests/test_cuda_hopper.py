@@ -22,6 +22,7 @@ from tests.case import Case
 from tests.checker import assert_same
 from tests.families import CPU, CUDA, CUDA_MANY, Family, hopper
 from tests.numeric import short_name
+from tests.test_paged_cuda import Cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -221,13 +222,19 @@ def test_soak() -> None:
     assert wrong.item() == 0
 
 
-def test_half_of_the_multiprocessors() -> None:
-    """Another kernel holds half of them for longer than all calls take: none waits for it."""
+def paged_call(dtype: torch.dtype, heads: int, next_n: int) -> Callable[[], torch.Tensor]:
+    """A step that pools pages and selects from them."""
+    cache = Cache(dtype, heads, next_n)
+    cache.refill(0)
+    return lambda: cache.call()[0]
+
+
+def assert_runs_beside_others(calls: list[Callable[[], torch.Tensor]]) -> None:
+    """Another kernel holds half of the multiprocessors for longer than all calls take."""
     held = torch.cuda.get_device_properties(0).multi_processor_count // 2
     q = torch.randn(2 * held, 64, 128, device="cuda").to(torch.float8_e4m3fn)
     k = torch.randn(2**21, 128, device="cuda").to(torch.float8_e4m3fn)
     weights = torch.randn(2 * held, 64, device="cuda")
-    calls = [random_call(seed) for seed in range(1, 9)]
     want = [call() for call in calls]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -239,3 +246,18 @@ def test_half_of_the_multiprocessors() -> None:
     assert not stream.query(), "the other kernel ended too early to show anything"
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_half_of_the_multiprocessors() -> None:
+    """None waits for the other kernel (T14).
+
+    Integration bugs: a hang.
+    """
+    assert_runs_beside_others([random_call(seed) for seed in range(1, 9)])
+
+
+@pytest.mark.parametrize("next_n", [1, 50])
+def test_half_of_the_multiprocessors_in_pages(next_n: int) -> None:
+    """The same of paged calls, of few rows and of so many that all are scored by groups."""
+    kinds = [(torch.float8_e4m3fn, 64), (torch.bfloat16, 16), (torch.bfloat16, 128)]
+    assert_runs_beside_others([paged_call(dtype, heads, next_n) for dtype, heads in kinds])
