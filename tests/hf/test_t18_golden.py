@@ -172,17 +172,71 @@ def test_generate(generator: Any, mode: str) -> None:
     assert_same(generator, run)
 
 
-def test_assisted_decoding(generator: Any) -> None:
-    """A draft model proposes tokens, most are rejected, and both caches are cropped.
+@pytest.mark.parametrize("cache", ["implementation", "given"])
+def test_offloaded_cache(generator: Any, cache: str) -> None:
+    """Layers that are on the CPU between their turns; pruned, as with a cache that is not moved.
+
+    Integration bugs: generation modes.
+    """
+    if generator.device.type == "cpu":
+        pytest.skip("transformers offloads from accelerators only")
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+    def run(seed: int, offloads: bool = True) -> Tensor:
+        past: dict[str, Any] = {}
+        if cache == "given":
+            made = transformers.DynamicCache(config=generator.config, offloading=offloads)
+            past = cached(generator, made)
+        elif offloads:
+            past = {"cache_implementation": "offloaded"}
+        result: Tensor = generator.generate(tokens(1, 44, seed), **options, **past)
+        return result
+
+    assert_same(generator, run)
+    with hisa.patch(generator, **PRUNING):
+        assert torch.equal(run(0), run(0, offloads=False))
+
+
+def test_a_dynamic_cache_that_is_reset(generator: Any) -> None:
+    """It begins anew, with a prompt of another length."""
+
+    def run(seed: int) -> Tensor:
+        past = transformers.DynamicCache(config=generator.config)
+        states = []
+        for length in (LENGTH, 40):
+            past.reset()
+            if past.get_seq_length():
+                pytest.skip("in this transformers the tokens stay, as zeros")
+            ids = tokens(2, length, seed + length)
+            states += [hidden(generator, ids[:, :-3], **cached(generator, past))]
+            states += [hidden(generator, ids[:, n, None], **cached(generator, past))
+                       for n in (-3, -2, -1)]  # fmt: skip
+        return torch.cat(states, dim=1)
+
+    assert_same(generator, run)
+
+
+def test_assisted_decoding(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model proposes tokens, some are rejected, and both caches are cropped.
 
     Integration bugs: assisted decoding.
     """
+    rejected: list[int] = []
+    drafting = transformers.generation.candidate_generator.AssistedCandidateGenerator
+    real = drafting.update_candidate_strategy
+
+    def note(self: Any, ids: Tensor, scores: Tensor, matches: int) -> None:
+        rejected.append(len(scores[0]) - 1 - int(matches))
+        real(self, ids, scores, matches)
+
+    monkeypatch.setattr(drafting, "update_candidate_strategy", note)
     assistant = build(generator.config.model_type.removesuffix("_text"))
     for parameter in assistant.parameters():
         generated = torch.Generator().manual_seed(1)
         parameter.add_(0.03 * here(torch.randn(parameter.shape, generator=generated, device="cpu")))
 
     def run(seed: int) -> Tensor:
+        rejected.clear()
         result: Tensor = generator.generate(
             tokens(1, 40, seed), max_new_tokens=10, do_sample=False, assistant_model=assistant
         )
@@ -190,6 +244,7 @@ def test_assisted_decoding(generator: Any) -> None:
 
     with hisa.patch(assistant, **COVERING):
         assert_same(generator, run)
+    assert max(rejected) > 0
 
 
 def test_continued_chat(generator: Any) -> None:

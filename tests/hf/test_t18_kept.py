@@ -350,6 +350,7 @@ DOUBTS: dict[str, Callable[[Chat], object]] = {
 
 @pytest.mark.parametrize("doubt", DOUBTS)
 def test_in_doubt_all_keys_are_prepared_again(chat: Chat, doubt: str) -> None:
+    """Integration bugs: sinks and eviction, by a cache of a class of its own."""
     DOUBTS[doubt](chat)
     step(chat)
     assert chat.kept.reused == 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hisa
 from hisa.hf.models import CACHE_NAMES
 from tests.hf.accelerate_hooks import CountingHook, add_hook, remove_hook
-from tests.hf.models import COVERING, PRUNING, build, indexers, tokens
+from tests.hf.models import COVERING, PRUNING, build, cached, indexers, tokens
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -30,6 +30,7 @@ ON_CUDA = {
     "test_a_part_of_a_model",
     "test_a_copy_is_unpatched_and_independent",
     "test_a_patched_model_is_freed_at_once",
+    "test_memory_returns_from_a_patched_model",
     "test_threads",
     "test_patching_while_the_model_runs",
 }
@@ -297,6 +298,69 @@ def test_a_patched_model_is_freed_at_once() -> None:
         gc.enable()
     handle.remove()
     assert {layer.calls for layer in handle.status().layers} == {1}
+
+
+def test_memory_returns_from_a_patched_model() -> None:
+    """What is kept beside a cache goes with the cache, or with the patch; all else with the model.
+
+    Integration bugs: memory.
+    """
+    model = build("deepseek_v32")
+
+    def chat() -> tuple[Any, list[weakref.ref[Tensor]]]:
+        past: Any = transformers.DynamicCache(config=model.config)
+        for count in (60, 1, 1):
+            model(tokens(1, count), **cached(model, past))
+        kept: list[weakref.ref[Tensor]] = []
+        for module in indexers(model):
+            (record,) = module.forward.kept._records.values()
+            kept += [weakref.ref(t) for t in (record.k, *record.pooled)]
+        return past, kept
+
+    def held() -> int:
+        return torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
+
+    handle = hisa.patch(model, precision="fp8", **PRUNING)
+    chat()  # whatever is made once
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        past, kept = chat()
+        assert len(kept) == 9 and all(part() is not None for part in kept)
+        assert held() > before or model.device.type == "cpu"
+        del past
+        assert not any(part() is not None for part in kept) and held() == before
+        past, kept = chat()
+        handle.remove()
+        assert not any(part() is not None for part in kept)
+        del past
+        assert held() <= before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_a_loaded_model_is_the_stored_one(kind: str, tmp_path: Path) -> None:
+    """No weight of an indexer is missing, or made up; shared layers have none, and need none.
+
+    Integration bugs: weights of shared layers, and random ones.
+    """
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    results = []
+    for each in (model, loaded.eval()):
+        with hisa.patch(each, **PRUNING) as handle:
+            results.append(each(ids()).logits)
+            states = [layer.state for layer in handle.status().layers]
+            assert len(indexers(each)) == states.count("patched")
+            assert (kind == "deepseek_v32") == ("shared" not in states)
+    assert torch.equal(*results)
+    for mine, stored in zip(indexers(loaded), indexers(model), strict=True):
+        assert all(map(torch.equal, mine.parameters(), stored.parameters()))
 
 
 def test_a_dropped_handle_leaves_the_patch(deepseek: Any, pruned: Tensor) -> None:
