@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hisa
 from hisa.around import mask_windows, rope_quantize
-from tests.builders import int32, random_case
+from tests.builders import int32, random_case, shaped
 from tests.numeric import FP8
 from tests.paged import exact_paged, put
 
@@ -113,6 +113,7 @@ def typical(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "ks": int32([0, 3, 40, 7, 150, 9]),
         "ke": int32([300, 3, 131, 299, 150, 200]),
     }
+    dtype = shaped(dtype=dtype)["dtype"]
     case = random_case(3, dtype, k_scale=torch.rand(300) + 0.5, cu_seqlens_k=int32([0, 300]),
                        **windows)  # fmt: skip
     pooled = hisa.pool_keys(case.k, k_scale=case.k_scale, block_size=8)

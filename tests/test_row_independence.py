@@ -18,11 +18,12 @@ import torch
 from tests.builders import causal, random_case
 from tests.case import Case, same_bytes
 from tests.checker import Result
-from tests.families import CUDA, CUDA_MANY, Family
+from tests.families import CUDA, CUDA_MANY, Family, hopper
 from tests.numeric import FP8, short_name
 from tests.paged import last_rows, new_pages, paginate, write
 
 DTYPES = [FP8, torch.bfloat16]
+KINDS = [(FP8, 128), (torch.bfloat16, 64), (torch.bfloat16, 128)]  # the last one has no pairs
 
 
 def prompt(
@@ -54,13 +55,15 @@ def pick(result: Result, rows: object) -> Result:
 @pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("heads", [16, 32, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
-def test_rows(family: Family, dtype: torch.dtype, heads: int, size: int, alike: bool) -> None:
+@pytest.mark.parametrize(("dtype", "depth"), KINDS, ids=lambda x: str(x).removeprefix("torch."))
+def test_rows(
+    family: Family, dtype: torch.dtype, depth: int, heads: int, size: int, alike: bool
+) -> None:
     """Alone, reversed, in two calls of any sizes, by either kernel: as in the whole call."""
     if family.device == "cpu" and size * heads > 64 * 16:
         pytest.skip("takes long on a CPU, where every row is scored by itself")
     rows = 301 if family.device == "cuda" else 9
-    case = prompt(dtype, rows, 11 * size + 5, heads, 128, alike, size)
+    case = prompt(dtype, rows, 11 * size + 5, heads, depth, alike, size)
     for run in (family.index, family.flat_index):
         whole = run(case)
         order = torch.arange(rows).flip(0)
@@ -77,6 +80,23 @@ def test_rows(family: Family, dtype: torch.dtype, heads: int, size: int, alike: 
                     same(getattr(other, run.__name__)(case), whole, other.name)
                     part = slice(0, 9)
                     same(getattr(other, run.__name__)(case.rows(part)), pick(whole, part), other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0, and kernels for it")
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
+@pytest.mark.parametrize("heads", [32, 64])
+def test_rows_where_the_gpu_chooses(heads: int, alike: bool) -> None:
+    """So many that it decides by itself whether pairs pay: as in small calls, where none do."""
+    rows, size = 32 * torch.cuda.get_device_properties("cuda").multi_processor_count + 37, 64
+    case = prompt(FP8, rows, rows + 11 * size, heads, 128, alike, size)
+    whole = CUDA.index(case)
+    order = torch.arange(rows).flip(0)
+    same(CUDA.index(case.rows(order)), pick(whole, order), "reversed")
+    for part in (slice(0, 9), slice(rows // 2, rows // 2 + 301), slice(1, rows), slice(rows - 1)):
+        for family in (CUDA, CUDA_MANY):
+            with family.active():
+                same(family.index(case.rows(part)), pick(whole, part), (part, family.name))
 
 
 @pytest.mark.parametrize("depth", [64, 128])
