@@ -8,18 +8,23 @@ order, a seed chooses it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import platform
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests import builders, oracle
+from tests.adversarial import BUILDERS as ADVERSARIAL
 from tests.builders import BLOCK_SIZES, exact_case, int32
 from tests.case import Case, same_bytes
 from tests.checker import assert_same
 from tests.simt import Hopper, build, pairs_pay, select_best
+from tests.test_row_independence import prompt
+from tests.test_t02_pruned_rows import check_blocks, check_tokens
 
 pytestmark = [
     pytest.mark.seconds(300),
@@ -287,3 +292,47 @@ def test_few_rows_whose_scores_crowd(library: ctypes.CDLL, seed: int) -> None:
     found = Hopper(library, split=2).index(case, seed)
     assert same_bytes(found.indices, want.indices)
     assert torch.equal(found.scores.nan_to_num(7.0), want.scores.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "dim"), [(FP8, 16, 128), (FP8, 64, 128), (BF16, 32, 64)], ids=str
+)
+def test_rows_where_sums_round(
+    library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int, alike: bool
+) -> None:
+    """By pairs, each by itself, first or second of a pair, by a cluster: the same bytes."""
+    case = prompt(dtype, 5, 8 * 64 + 5, heads, dim, alike, 64)
+    whole = Hopper(library, multiprocessors=1).index(case)
+    order = torch.arange(5).flip(0)
+    ways: list[dict[str, int]] = [{"multiprocessors": 1}, {"multiprocessors": 8}]
+    ways += [{"multiprocessors": 8, "split": peers} for peers in (1, 3)]
+    for hopper in (Hopper(library, **way) for way in ways):
+        for rows in (torch.arange(5), order[1:], order[2:3]):
+            for mine, want in zip(hopper.index(case.rows(rows), 1), whole, strict=True):
+                assert same_bytes(mine, want[rows])
+
+
+# What of test_t02_pruned_rows each emulated call has: block size, blocks kept, topk.
+PRUNED: dict[str, tuple[dict[str, int], tuple[int, int, int]]] = {
+    "alone": ({"multiprocessors": 8}, (64, 30, 300)),
+    "pairs": ({"multiprocessors": 1}, (64, 30, 300)),
+    "chunks": ({"multiprocessors": 8, "shared": 120_000}, (128, 96, 999)),
+    "cluster": ({"split": 2}, (64, 30, 300)),
+}
+
+
+def adversarial() -> Iterator[Any]:
+    """Every kind with every builder of rows; in the fast suite builders take turns."""
+    for (i, kind), (j, name) in itertools.product(enumerate(PRUNED), enumerate(ADVERSARIAL)):
+        marks = [] if i == j % len(PRUNED) else [pytest.mark.long]
+        yield pytest.param(kind, name, marks=marks, id=f"{kind}-{name}")
+
+
+@pytest.mark.parametrize(("kind", "name"), adversarial())
+def test_adversarial_rows(library: ctypes.CDLL, kind: str, name: str) -> None:
+    """T2: tokens of kept blocks, three rows; blocks, by one warp or by a cluster."""
+    options, layout = PRUNED[kind]
+    hopper = Hopper(library, **options)
+    check_tokens(hopper, name, layout, 3, FP8, 16, 64)
+    check_blocks(hopper, name, 300, 40, FP8, 16, 64)

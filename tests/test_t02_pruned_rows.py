@@ -8,7 +8,7 @@ warp; and those of the kernel for few rows. The blocks between those kept have b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from tests import oracle
 from tests.adversarial import BUILDERS, narrow, realise
 from tests.builders import int32
 from tests.case import Case
+from tests.checker import Result
 from tests.families import CPU, CUDA, CUDA_MANY, Family, hopper
 from tests.numeric import F32, FP8
 from tests.test_t02_adversarial_rows import block_case
@@ -71,8 +72,14 @@ def kept_case(wanted: F32, size: int, kept: int, topk: int, rows: int, *kernel: 
     )
 
 
+class Runs(Protocol):
+    """What has the operator under test."""
+
+    def index(self, case: Case) -> Result: ...
+
+
 def check_tokens(
-    family: Family, name: str, layout: tuple[int, int, int], rows: int, *kernel: Any
+    family: Runs, name: str, layout: tuple[int, int, int], rows: int, *kernel: Any
 ) -> None:
     """Compare all rows of a call with what they were made for."""
     size, kept, topk = layout
@@ -86,7 +93,7 @@ def check_tokens(
         assert np.array_equal(scores, np.broadcast_to(wanted[best], scores.shape), equal_nan=True)
 
 
-def check_blocks(family: Family, name: str, blocks: int, kept: int, *kernel: Any) -> None:
+def check_blocks(family: Runs, name: str, blocks: int, kept: int, *kernel: Any) -> None:
     """Compare the blocks that three rows keep with what they were made for."""
     wanted = BUILDERS[name](blocks, kept, np.random.default_rng(11))
     got = family.index(block_case(wanted, kept, *kernel).rows([0, 0, 0])).indices

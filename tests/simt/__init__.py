@@ -73,8 +73,8 @@ class Hopper:
         self.split = split  # blocks of a row, by the kernel for few rows
 
     def index(self, case: Case, seed: int = 0) -> Result:
-        """Run hisa.index, with pooled keys from the CPU."""
-        pooled, scale = hisa.pool_keys(
+        """Run hisa.index, with pooled keys from the CPU unless there are some."""
+        pooled, scale = case.pooled or hisa.pool_keys(
             case.k, k_scale=case.k_scale, cu_seqlens_k=case.cu_seqlens_k,
             block_size=case.block_size, pooling=case.pooling,
         )  # fmt: skip
