@@ -319,6 +319,7 @@ PRUNED: dict[str, tuple[dict[str, int], tuple[int, int, int]]] = {
     "pairs": ({"multiprocessors": 1}, (64, 30, 300)),
     "chunks": ({"multiprocessors": 8, "shared": 120_000}, (128, 96, 999)),
     "cluster": ({"split": 2}, (64, 30, 300)),
+    "few tokens": ({"split": 2}, (64, 5, 310)),
 }
 
 
