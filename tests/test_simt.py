@@ -11,7 +11,6 @@ import ctypes
 import itertools
 import platform
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -323,11 +322,13 @@ PRUNED: dict[str, tuple[dict[str, int], tuple[int, int, int]]] = {
 }
 
 
-def adversarial() -> Iterator[Any]:
+def adversarial() -> list[Any]:
     """Every kind with every builder of rows; in the fast suite builders take turns."""
+    calls = []
     for (i, kind), (j, name) in itertools.product(enumerate(PRUNED), enumerate(ADVERSARIAL)):
         marks = [] if i == j % len(PRUNED) else [pytest.mark.long]
-        yield pytest.param(kind, name, marks=marks, id=f"{kind}-{name}")
+        calls.append(pytest.param(kind, name, marks=marks, id=f"{kind}-{name}"))
+    return calls
 
 
 @pytest.mark.parametrize(("kind", "name"), adversarial())
