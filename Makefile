@@ -66,27 +66,29 @@ test: $(READY) ## the fast suite
 test-long: $(READY) ## the long versions of the tests (hours)
 	$(PYTEST) -m long $(ARGS)
 
+CUDA_FAMILIES := cuda,cuda-many,cuda-portable,cuda-portable-many
 test-gpu-long: $(READY) sanitize-cuda ## the long versions on a GPU, and sanitize-cuda (an hour)
-	$(PYTEST) -m long --families cuda,cuda-many tests/test_*.py $(ARGS)
-
-# What other GPUs run, on the one that is here: builds of their own, beside the normal one.
-# $(call test_portable,FOLDER,SETTINGS,TESTS)
-define test_portable
-@echo '== hisa._C without the kernels for Hopper $(2)'
-@HISA_CUDA=1 HISA_HOPPER=0 $(2) $(PY) -W ignore setup.py -q build_py --build-lib build/$(1)/lib \
-  build_ext --build-lib build/$(1)/lib --build-temp build/$(1)/temp 2>&1 | $(SHORT)
-HISA_TESTED=$(CURDIR)/build/$(1)/lib $(PYTEST) -o pythonpath='build/$(1)/lib .' \
-  --import-mode=append --families cuda -m 'gpu and not long' $(3) $(ARGS)
-endef
+	$(PYTEST) -m long --families $(CUDA_FAMILIES) tests/test_*.py $(ARGS)
 
 test-cuda-portable: $(READY) ## the fast suite on a GPU, on the portable kernels
-	$(call test_portable,portable)
+	$(PYTEST) --families cuda-portable,cuda-portable-many -m 'gpu and not long' $(ARGS)
+
+# What other GPUs run, on the one that is here: builds of their own, beside the normal one.
+# $(call test_fp8,MACRO)
+define test_fp8
+@echo '== hisa._C without the kernels for Hopper, $(1)'
+@HISA_CUDA=1 HISA_HOPPER=0 NVCC_APPEND_FLAGS=-D$(1) $(PY) -W ignore setup.py -q \
+  build_py --build-lib build/$(1)/lib \
+  build_ext --build-lib build/$(1)/lib --build-temp build/$(1)/temp 2>&1 | $(SHORT)
+HISA_TESTED=$(CURDIR)/build/$(1)/lib $(PYTEST) -o pythonpath='build/$(1)/lib .' \
+  --import-mode=append --families cuda,cuda-many -m 'gpu and not long' $(FP8_TESTS) $(ARGS)
+endef
 
 FP8_TESTS = -k 'fp8 or float8 or exact or right_build' \
   $(addprefix tests/test_,$(addsuffix *.py,cuda_dispatch t01 t02 t03 t05 t06 t09 t10 t12 t16))
 test-cuda-fp8: $(READY) ## the fast fp8 tests on what sm_80 and sm_89 would run
-	$(call test_portable,HISA_FP8_MMA,NVCC_APPEND_FLAGS=-DHISA_FP8_MMA,$(FP8_TESTS))
-	$(call test_portable,HISA_NO_FP8_CVT,NVCC_APPEND_FLAGS=-DHISA_NO_FP8_CVT,$(FP8_TESTS))
+	$(call test_fp8,HISA_FP8_MMA)
+	$(call test_fp8,HISA_NO_FP8_CVT)
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -47,8 +47,8 @@ CallPlan plan_cpu(const Shape& shape, int64_t threads);
 // For the current CUDA device; ValueError in a build without CUDA kernels.
 CallPlan plan_cuda(const Shape& shape);
 
-// Whether calls of few rows run by the kernel that is made for them, as they do at first, or by the
-// one for many. For tests and benchmarks: the results are the same.
-void split_few_rows(bool split);
+// Which CUDA kernels may run, of those that could: the ones for Hopper, and those for few rows. Both
+// may at first. For tests and benchmarks: without the ones for few rows results are the same.
+void use_kernels(bool hopper, bool split);
 
 }  // namespace hisa

@@ -133,7 +133,7 @@ PYBIND11_MODULE(_C, m) {
   hisa::interrupt_hooks() = {&hisa::signal_pending, &hisa::raise_signal};
   m.def("build_info", &hisa::build_info);
   m.def("set_cpu_isa", &hisa::set_cpu_isa);
-  m.def("split_few_rows", &hisa::split_few_rows);
+  m.def("use_kernels", &hisa::use_kernels, py::arg("hopper") = true, py::arg("split") = true);
   m.def("plan", &hisa::plan);
   m.def("check_index", &hisa::check_index);
   m.def("check_flat_index", &hisa::check_flat_index);

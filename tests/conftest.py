@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import builders
-from tests.families import FAMILIES, REFERENCE, Family, available, hopper, usable_cuda
+from tests.families import CUDA, FAMILIES, REFERENCE, Family, available, distinct, usable_cuda
 
 TEST_SECONDS = 60
 
@@ -32,14 +32,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise `family` over the kernel families, `any_family` over the reference too.
 
-    `device` takes the devices of these families. What runs on a GPU has the mark `gpu`.
+    `cuda_family` takes those of a GPU, `device` the devices of all. What runs on a GPU has the mark
+    `gpu`.
     """
     wanted = set(filter(None, metafunc.config.getoption("families").split(",")))
-    named = [f for f in (*FAMILIES, REFERENCE) if f.name in wanted and (f.split or hopper())]
+    named = distinct(f for f in (*FAMILIES, REFERENCE) if f.name in wanted)
     for fixture in {"family", "any_family"} & set(metafunc.fixturenames):
         chosen = named or available() + ([REFERENCE] if fixture == "any_family" else [])
         parameters = [pytest.param(f, id=f.name, marks=marks_of(f.device)) for f in chosen]
         metafunc.parametrize(fixture, parameters, indirect=True)
+    if "cuda_family" in metafunc.fixturenames:
+        chosen = [f for f in named or available() if f.device == "cuda"] or [CUDA]
+        parameters = [pytest.param(f, id=f.name, marks=marks_of(f.device)) for f in chosen]
+        metafunc.parametrize("cuda_family", parameters, indirect=True)
     if "device" in metafunc.fixturenames:
         devices = dict.fromkeys(f.device for f in named or available())
         metafunc.parametrize("device", [pytest.param(d, marks=marks_of(d)) for d in devices])
@@ -57,7 +62,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
         yield request.param
 
 
-any_family = family
+any_family = cuda_family = family
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ A new device or kernel family joins every test by one line in `FAMILIES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,8 @@ class Family:
     name: str
     device: str = "cpu"
     isa: str | None = None  # what hisa._C.set_cpu_isa takes
-    split: bool = True  # what hisa._C.split_few_rows takes
+    hopper: bool = True  # what hisa._C.use_kernels takes
+    split: bool = True  # likewise
     module: str = "hisa"  # the module that has index, flat_index and pool_keys
     cpu_order: bool = True  # sums run in the order that the CPU path documents
     dot_roundoff: float = DOT_ROUNDOFF["cpu"]  # unit roundoff of the sums inside a dot product
@@ -40,12 +41,12 @@ class Family:
         """Make this family the one that runs."""
         extension = importlib.import_module("hisa._C")
         extension.set_cpu_isa(self.isa or "auto")
-        extension.split_few_rows(self.split)
+        extension.use_kernels(hopper=self.hopper, split=self.split)
         try:
             yield self
         finally:
             extension.set_cpu_isa("auto")
-            extension.split_few_rows(True)
+            extension.use_kernels()
 
     @property
     def api(self) -> Any:
@@ -98,8 +99,11 @@ class Family:
 
 CPU = Family("cpu-baseline", isa="baseline")
 CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=DOT_ROUNDOFF["cuda"])
-# On Hopper, the kernels for many rows, whatever the number of rows: tests have few.
+# The kernels for many rows, whatever the number of rows: tests have few.
 CUDA_MANY = replace(CUDA, name="cuda-many", split=False)
+# What other GPUs run, on Hopper.
+CUDA_PORTABLE = replace(CUDA, name="cuda-portable", hopper=False)
+CUDA_PORTABLE_MANY = replace(CUDA_PORTABLE, name="cuda-portable-many", split=False)
 REFERENCE = Family("reference", module="hisa.reference", cpu_order=False)
 
 FAMILIES = (
@@ -108,6 +112,8 @@ FAMILIES = (
     Family("cpu-avx512", isa="avx512"),
     CUDA,
     CUDA_MANY,
+    CUDA_PORTABLE,
+    CUDA_PORTABLE_MANY,
 )
 
 
@@ -122,8 +128,15 @@ def usable_isas() -> list[str]:
 
 def available() -> list[Family]:
     """Return the kernel families of this build that this machine can run."""
-    found = [f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda())]
-    return found if hopper() else [f for f in found if f.split]
+    return distinct(f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda()))
+
+
+def distinct(families: Iterable[Family]) -> list[Family]:
+    """Leave out what runs here as one before it does: the portable ones, without Hopper."""
+    found: dict[Any, Family] = {}
+    for f in families:
+        found.setdefault((f.module, f.device, f.isa, f.hopper and hopper(), f.split), f)
+    return list(found.values())
 
 
 def usable_cuda() -> bool:

@@ -10,7 +10,7 @@ import torch
 from tests import oracle
 from tests.builders import exact_case, int32
 from tests.checker import assert_same
-from tests.families import CUDA, CUDA_MANY, hopper
+from tests.families import CUDA, available
 from tests.numeric import DTYPES
 from tests.paged import exact_paged
 from tests.test_around import DTYPES as ROPE_DTYPES
@@ -64,9 +64,9 @@ def select(shapes: int) -> int:
 
 
 def main() -> None:
-    """Run all shapes, those of few rows by both of Hopper's kernels."""
+    """Run all shapes, by every family of kernels."""
     shapes = 0
-    for family in (CUDA, CUDA_MANY) if hopper() else (CUDA,):
+    for family in (family for family in available() if family.device == "cuda"):
         with family.active():
             shapes = select(shapes)
     for dtype in MASK_DTYPES:

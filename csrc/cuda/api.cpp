@@ -11,6 +11,7 @@
 #include "../entry_paged.h"
 #include "../support.h"
 #include "../text.h"
+#include "choice.h"
 #include "launch.h"
 #include "paged.h"
 #include "sm90/launch.h"
@@ -173,6 +174,11 @@ TORCH_LIBRARY_IMPL(hisa, CUDA, m) {
 }
 
 }  // namespace hisa::cuda
+
+void hisa::use_kernels(bool hopper, bool split) {
+  cuda::use_hopper = hopper;
+  cuda::use_split = split;
+}
 
 hisa::CallPlan hisa::plan_cuda(const Shape& shape) {
   const cuda::DeviceLimits limits = cuda::current_limits();

@@ -9,7 +9,7 @@ hisa::CallPlan hisa::plan_cuda(const Shape&) {
   TORCH_CHECK_VALUE(false, "device: expected cpu, the device that this build supports, got cuda");
 }
 
-void hisa::split_few_rows(bool) {}
+void hisa::use_kernels(bool, bool) {}
 
 namespace {
 

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "../../text.h"
+#include "../choice.h"
 
 namespace hisa::cuda::sm90 {
 namespace {
@@ -259,7 +260,8 @@ cudaError_t launch_pages(const RowsParams& rows, const PagedKeys& keys, const Pl
 }  // namespace
 
 bool takes(const Shape& shape, const DeviceLimits& limits) {
-  if (!kCompiled || limits.capability != 90 || shape.rows == 0 || shape.keys == 0) return false;
+  if (!kCompiled || !use_hopper || limits.capability != 90) return false;
+  if (shape.rows == 0 || shape.keys == 0) return false;
   if (shape.type != ElementType::kFloat8E4M3 && shape.type != ElementType::kBFloat16) return false;
   return std::any_of(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
     return variant.heads == shape.heads && variant.dim == shape.dim;

@@ -1,19 +1,17 @@
 #include "split.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <limits>
 #include <numeric>
 
 #include "../../support.h"
+#include "../choice.h"
 
 namespace hisa::cuda::sm90 {
 namespace {
 
 constexpr int64_t kBlocks = 2;  // of a multiprocessor, at most
-
-std::atomic<bool> splitting{true};  // unless a test or a benchmark wants the other kernels
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -106,7 +104,7 @@ SplitPlan plan_split(const Shape& shape, const DeviceLimits& limits) {
   plan.together = lay_out(shape, scores, false);
   // More than half of a multiprocessor's: peers share it with nobody.
   plan.together.total = std::max(plan.together.total, limits.shared_total / 2 + 1);
-  plan.splits = splitting && !shape.flat() && plan.tiles * kSplitTile <= kMostScores &&
+  plan.splits = use_split && !shape.flat() && plan.tiles * kSplitTile <= kMostScores &&
                 shape.rows <= kBlocks * limits.multiprocessors &&
                 std::max(plan.alone.total, plan.together.total) <= limits.shared_block;
   return plan;
@@ -137,5 +135,3 @@ cudaError_t launch_split(const PagedIndexParams& call, const SplitPlan& plan, cu
 }
 
 }  // namespace hisa::cuda::sm90
-
-void hisa::split_few_rows(bool split) { hisa::cuda::sm90::splitting = split; }
