@@ -47,8 +47,8 @@ CallPlan plan_cpu(const Shape& shape, int64_t threads);
 // For the current CUDA device; ValueError in a build without CUDA kernels.
 CallPlan plan_cuda(const Shape& shape);
 
-// Which CUDA kernels may run, of those that could: the ones for Hopper, and those for few rows. Both
-// may at first. For tests and benchmarks: without the ones for few rows results are the same.
+// Which CUDA kernels may run, of those that could: the ones for Hopper, and those for few rows.
+// Both may at first. For tests and benchmarks: without the ones for few rows results are the same.
 void use_kernels(bool hopper, bool split);
 
 }  // namespace hisa

@@ -53,7 +53,7 @@ struct Region {
 
 struct alignas(16) SharedMemory {
   alignas(16) float weights[128];  // of the row's heads, see weight_slot(); zero behind the last
-  uint32_t sums[2][kWarps];
+  uint32_t sums[2][kSelectThreads / 32];
   struct {
     uint32_t bin, before, count;  // `before` candidates are in higher bins
   } found;

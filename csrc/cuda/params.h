@@ -9,6 +9,7 @@ namespace hisa::cuda {
 
 inline constexpr int kThreads = 128;    // of a block; a block handles one row at a time
 inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kSelectThreads = 512;  // of a block that only selects: split.cuh
 inline constexpr int kBlocksPerMultiprocessor = 2;  // of 255 registers a thread; or 3 of 168
 inline constexpr int kBehind = 32;  // scores that a scorer may write behind those wanted
 inline constexpr int kFmaHeads = 32;  // heads that the fp32 kernel handles together

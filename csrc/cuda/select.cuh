@@ -6,7 +6,7 @@
 //
 // find_bar() finds the worst score to be kept, 11 bits of its key at a time; pass() moves on what
 // is as good. Whatever the scores, every candidate is looked at a constant number of times, and
-// none is ever dropped for lack of room.
+// none is ever dropped for lack of room. All functions are for blocks of kCount threads.
 #pragma once
 
 #include "memory.cuh"
@@ -26,6 +26,7 @@ __device__ __forceinline__ float to_score(uint32_t key) {
 }
 
 // Sum over the threads before this one. All threads call it, after a barrier.
+template <int kCount>
 __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mine) {
   const uint32_t thread = ptx::this_thread();
   const int lane = thread % 32;
@@ -41,7 +42,7 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
   uint32_t before = up_to - mine;
   uint32_t total = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kCount / 32; ++w) {
     if (w == warp) before += total;
     total += memory.sums[0][w];
   }
@@ -51,6 +52,7 @@ __device__ __forceinline__ uint32_t sum_before(SharedMemory& memory, uint32_t mi
 // Two counts of a warp, the second in the high half: those of the warps before this one, and of all
 // in `total`. All threads call it, with another `parity` than in the call before if no barrier lies
 // between.
+template <int kCount>
 __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, uint32_t mine,
                                               uint2& total) {
   const uint32_t thread = ptx::this_thread();
@@ -60,7 +62,7 @@ __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, 
   uint2 before{0, 0};
   total = {0, 0};
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kCount / 32; ++w) {
     if (w == warp) before = total;
     const uint32_t counts = memory.sums[parity][w];
     total.x += counts & 0xffffU;
@@ -71,10 +73,11 @@ __device__ __forceinline__ uint2 sum_of_warps(SharedMemory& memory, int parity, 
 
 // Find the bin with the `need`-th highest of the counted keys, into memory.found; the histogram is
 // zero again. All threads call it, after a barrier; it ends with one.
+template <int kCount>
 __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
-  constexpr int kBins = kHistogram / kThreads;  // per thread; thread 0 has the highest ones
-  static_assert(kBins == 16, "four vectors");
-  const uint32_t first = (kThreads - 1 - ptx::this_thread()) * kBins;
+  constexpr int kBins = kHistogram / kCount;  // per thread; thread 0 has the highest ones
+  static_assert(kBins % 4 == 0, "whole vectors");
+  const uint32_t first = (kCount - 1 - ptx::this_thread()) * kBins;
   uint32_t counts[kBins];
   auto* bins = reinterpret_cast<uint4*>(histogram(memory) + first);
   uint32_t sum = 0;
@@ -86,7 +89,7 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
 #pragma unroll
   for (int i = 0; i < kBins; ++i) sum += counts[i];
 
-  uint32_t before = sum_before(memory, sum);
+  uint32_t before = sum_before<kCount>(memory, sum);
   if (before < need && need <= before + sum) {
     uint32_t bin = first;
 #pragma unroll
@@ -108,7 +111,7 @@ __device__ inline void find_bin(SharedMemory& memory, uint32_t need) {
 
 // Count the digits [low, low + width) of the keys of scores [n]; behind the first digit, only of
 // keys whose higher bits are `prefix`.
-template <bool kFirst>
+template <bool kFirst, int kCount>
 __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, uint32_t n, int low,
                                       int width, uint32_t prefix) {
   constexpr uint32_t kVectors = 2;  // of four scores, in flight
@@ -122,17 +125,17 @@ __device__ __forceinline__ void tally(uint32_t* histogram, const float* scores, 
   const uint32_t whole = n / 4;
   uint32_t slab = 0;
 #pragma unroll 1
-  for (; slab + kVectors * kThreads <= whole; slab += kVectors * kThreads) {
+  for (; slab + kVectors * kCount <= whole; slab += kVectors * kCount) {
     float4 vector[kVectors];
 #pragma unroll
     for (uint32_t j = 0; j < kVectors; ++j)
-      vector[j] = vectors[slab + j * kThreads + ptx::this_thread()];
+      vector[j] = vectors[slab + j * kCount + ptx::this_thread()];
 #pragma unroll
     for (const float4& four : vector)
       for (const float score : {four.x, four.y, four.z, four.w}) count(score);
   }
 #pragma unroll 1
-  for (uint32_t i = slab * 4 + ptx::this_thread(); i < n; i += kThreads) count(scores[i]);
+  for (uint32_t i = slab * 4 + ptx::this_thread(); i < n; i += kCount) count(scores[i]);
 }
 
 // All candidates from `key` on pass; there are lower ones.
@@ -144,9 +147,10 @@ __device__ __forceinline__ Bar pass_from(uint32_t key) {
 
 // The bar that exactly the best `count` of scores [n] pass; 1 <= count < n. All threads call it,
 // after a barrier.
+template <int kCount>
 __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* scores, uint32_t n,
                                         uint32_t count) {
-  for (int i = ptx::this_thread(); i < kHistogram / 4; i += kThreads)
+  for (int i = ptx::this_thread(); i < kHistogram / 4; i += kCount)
     reinterpret_cast<uint4*>(histogram(memory))[i] = uint4{0, 0, 0, 0};
   __syncthreads();
   uint32_t prefix = 0;  // the bits of the bar's key that are known
@@ -156,11 +160,11 @@ __device__ __forceinline__ Bar find_bar(SharedMemory& memory, const float* score
     const int low = digit == 0 ? 21 : digit == 1 ? 10 : 0;  // 11 bits, 11 bits, then 10
     const int width = digit == 2 ? 10 : 11;
     if (digit == 0)
-      tally<true>(histogram(memory), scores, n, 21, 11, 0);
+      tally<true, kCount>(histogram(memory), scores, n, 21, 11, 0);
     else
-      tally<false>(histogram(memory), scores, n, low, width, prefix);
+      tally<false, kCount>(histogram(memory), scores, n, low, width, prefix);
     __syncthreads();
-    find_bin(memory, need);
+    find_bin<kCount>(memory, need);
     const auto found = memory.found;
     prefix = prefix << width | found.bin;
     need -= found.before;
@@ -200,7 +204,7 @@ struct LaneCounts {
 // Hand the candidates [0, n) that pass the bar to `write(slot, score, i)`, in order, slots from 0
 // on; returns how many. Given `values`, that is values[i] instead of i. `write` may overwrite what
 // candidates come from, since none moves up.
-template <bool kTies, bool kValues, class Write>
+template <bool kTies, bool kValues, int kCount, class Write>
 __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scores,
                                          const int32_t* values, uint32_t n, Bar bar, Write write) {
   constexpr uint32_t kVectors = 4;  // of four candidates, of a lane in a slab
@@ -210,7 +214,7 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
   uint32_t equal = 0;
   int parity = 0;
 #pragma unroll 1
-  for (uint32_t slab = 0; slab < n; slab += kThreads * kVectors * 4, parity ^= 1) {
+  for (uint32_t slab = 0; slab < n; slab += kCount * kVectors * 4, parity ^= 1) {
     const uint32_t first = slab + ptx::this_thread() / 32 * kVectors * kStride + lane * 4;
     float score[kVectors][4];
     int32_t value[kVectors][4];
@@ -244,7 +248,8 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
     const LaneCounts counts(count_ones(is_above), lane);
     const LaneCounts tie_counts(kTies ? count_ones(is_equal) : 0, lane);
     uint2 total;
-    const uint2 before = sum_of_warps(memory, parity, counts.sum() | tie_counts.sum() << 16, total);
+    const uint2 before =
+        sum_of_warps<kCount>(memory, parity, counts.sum() | tie_counts.sum() << 16, total);
     uint32_t taken = above + before.x;  // before the vector
     uint32_t ties = equal + before.y;
 #pragma unroll
@@ -271,11 +276,11 @@ __device__ __forceinline__ uint32_t move(SharedMemory& memory, const float* scor
 }
 
 // move(), for any bar. All threads call it, after a barrier; it ends with one.
-template <bool kValues, class Write>
+template <bool kValues, int kCount, class Write>
 __device__ __forceinline__ uint32_t pass(SharedMemory& memory, const float* scores,
                                          const int32_t* values, uint32_t n, Bar bar, Write write) {
-  return bar.ties > 0 ? move<true, kValues>(memory, scores, values, n, bar, write)
-                      : move<false, kValues>(memory, scores, values, n, bar, write);
+  return bar.ties > 0 ? move<true, kValues, kCount>(memory, scores, values, n, bar, write)
+                      : move<false, kValues, kCount>(memory, scores, values, n, bar, write);
 }
 
 // Move the chunk of positions from `begin` on into the buffer, as far as it passes the bar that
@@ -294,15 +299,15 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t beg
   uint32_t size = memory.buffered;
   Bar bar = memory.bar;
   if (size + n > region.capacity) {
-    bar = find_bar(memory, scores, size, memory.stage.count);
-    size = pass<true>(memory, scores, values, size, bar, store);
+    bar = find_bar<kThreads>(memory, scores, size, memory.stage.count);
+    size = pass<true, kThreads>(memory, scores, values, size, bar, store);
     bar.ties = 0;  // later candidates lose a tie
   }
   const uint32_t base = size;
-  size += pass<false>(memory, region.scores, nullptr, n, bar,
-                      [&](uint32_t slot, float score, int32_t i) {
-                        store(base + slot, score, source.value(begin + i));
-                      });
+  size += pass<false, kThreads>(memory, region.scores, nullptr, n, bar,
+                                [&](uint32_t slot, float score, int32_t i) {
+                                  store(base + slot, score, source.value(begin + i));
+                                });
   if (ptx::this_thread() == 0) {
     memory.buffered = size;
     memory.bar = bar;
@@ -312,31 +317,32 @@ __device__ __forceinline__ void add_to_buffer(SharedMemory& memory, uint32_t beg
 
 // Write the best `count` of a stage, whose candidates are all scored. All threads call it, after a
 // barrier; it ends with one.
+template <int kCount = kThreads>
 __device__ __forceinline__ void write_best(SharedMemory& memory) {
   const Region region = memory.region;
   const Stage stage = memory.stage;
   const bool whole = region.holds(stage.source);
   float* scores = whole ? region.scores : region.buffer_scores();
   const uint32_t size = whole ? stage.source.size : memory.buffered;
-  const Bar bar = size > stage.count ? find_bar(memory, scores, size, stage.count) : Bar{};
+  const Bar bar = size > stage.count ? find_bar<kCount>(memory, scores, size, stage.count) : Bar{};
   const auto write_score = [&](uint32_t slot, float score) {
     if (stage.scores != nullptr) stage.scores[slot] = score;
   };
   if (whole) {  // where they are first, since what they are takes longer to find out
-    const uint32_t found =
-        pass<false>(memory, scores, nullptr, size, bar, [&](uint32_t slot, float score, int32_t i) {
-          write_score(slot, score);
-          scores[slot] = __int_as_float(i);
-        });
-    for (uint32_t slot = ptx::this_thread(); slot < found; slot += kThreads)
+    const uint32_t found = pass<false, kCount>(memory, scores, nullptr, size, bar,
+                                               [&](uint32_t slot, float score, int32_t i) {
+                                                 write_score(slot, score);
+                                                 scores[slot] = __int_as_float(i);
+                                               });
+    for (uint32_t slot = ptx::this_thread(); slot < found; slot += kCount)
       stage.values[slot] = stage.source.value(__float_as_uint(scores[slot]));
     __syncthreads();
   } else {
-    pass<true>(memory, scores, region.buffer_values(), size, bar,
-               [&](uint32_t slot, float score, int32_t value) {
-                 write_score(slot, score);
-                 stage.values[slot] = value;
-               });
+    pass<true, kCount>(memory, scores, region.buffer_values(), size, bar,
+                       [&](uint32_t slot, float score, int32_t value) {
+                         write_score(slot, score);
+                         stage.values[slot] = value;
+                       });
   }
 }
 
