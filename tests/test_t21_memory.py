@@ -18,7 +18,7 @@ import torch
 
 import hisa
 from tests.builders import random_case, shaped
-from tests.families import Family
+from tests.families import CUDA_MANY, CUDA_PORTABLE, Family
 from tests.numeric import DTYPES, short_name
 
 SLACK = 12 * 2**20  # allocator and page rounding, thread stacks
@@ -259,7 +259,16 @@ def test_peak_on_cuda_is_the_stated_formula(
 
 @pytest.mark.gpu
 def test_workspace_on_cuda_does_not_grow() -> None:
-    """500 calls of rising lengths: the peak of each is the first one's, beside the pooled keys."""
+    """500 calls of rising lengths: the peak of each is the first one's, beside the pooled keys.
+
+    On the kernels for many rows. What those for few take is bounded: see below.
+    """
+    with CUDA_MANY.active():
+        check_peaks()
+
+
+def check_peaks() -> None:
+    """Measure calls of rising lengths."""
     q, weights = torch.ones(8, 4, 64, device="cuda"), torch.ones(8, 4, device="cuda")
     keys = torch.ones(500 * 240, 64, device="cuda")
     before, peaks = torch.cuda.memory_allocated(), set()
@@ -275,6 +284,17 @@ def test_workspace_on_cuda_does_not_grow() -> None:
         peak = torch.cuda.max_memory_allocated() - before
         pooled = -(-i * 240 // 128) * (64 + 1) * 4
         assert peak <= max(peaks) + pooled + 2 * ROUNDING, i
+
+
+@pytest.mark.gpu
+def test_scores_of_few_rows_are_bounded() -> None:
+    """They are collected where that takes up to 32 MiB, whatever the sizes; else nothing is."""
+    with CUDA_PORTABLE.active():
+        for m, n in itertools.product((1, 8, 10**6), (100, 10**4, 10**6, 2**23, 2**31 - 1)):
+            plan = hisa.plan(m, n, 32, 128, device="cuda", op="flat_index", topk=64)
+            collected = m * 4 * (-(-n // 4) * 4 + 64)
+            few = m <= 8 and n > 128 and collected <= 2**25
+            assert plan.workspace_bytes == (collected if few else 0), (m, n)
 
 
 @pytest.mark.gpu

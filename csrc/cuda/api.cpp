@@ -106,15 +106,15 @@ struct Cuda {
   }
 
   void run_gathered(const PagedPart& part, const Shape& shape) {
-    if (part.prunes() && part.kept > 2) run_flat(choose_blocks(part), shape);
+    if (part.prunes() && part.kept > 2) run_flat(choose_blocks(part), part.slots(), shape);
     C10_CUDA_CHECK(gather_tokens(part, stream));
-    run_flat(choose_tokens(part), shape);
+    run_flat(choose_tokens(part), part.kept * part.call.block_size, shape);
   }
 
-  // A flat call like `shape`, but for its keys and topk.
-  void run_flat(const RowsParams& params, Shape shape) {
+  // A flat call like `shape`, but for its keys, of which a row sees `most` at most, and topk.
+  void run_flat(const RowsParams& params, int64_t most, Shape shape) {
     shape.rows = params.queries.rows;
-    shape.keys = params.keys.count;
+    shape.keys = most;
     shape.topk = params.output.topk;
     shape.block_size = shape.block_topk = 0;
     shape.pooled = false;

@@ -23,6 +23,8 @@ struct Geometry {
   int64_t shared_limit;  // that one block can have
   int device;         // where it runs
   int64_t workspace;  // bytes of all blocks together
+  bool splits;        // several blocks score a row, of which all candidates are in the workspace
+  int64_t block_parts, token_parts;  // if so: how many blocks, in either stage
 };
 
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits);

@@ -13,8 +13,9 @@
 #include <utility>
 
 #include "coarse.cuh"
+#include "extent.cuh"
+#include "launch.cuh"
 #include "launch.h"
-#include "ptx/thread.cuh"
 #include "refine.cuh"
 #include "score_fma.cuh"
 #include "score_mma.cuh"
@@ -26,40 +27,28 @@ namespace hisa::cuda {
 // Take up row m: its heads' weights, the blocks that are kept in any case, the first stage, if any.
 __device__ __forceinline__ void begin_row(const RowsParams& params, SharedMemory& memory,
                                           int64_t m) {
-  const Queries& queries = params.queries;
-  const int h = static_cast<int>(ptx::this_thread());
-  static_assert(kThreads == sizeof(SharedMemory::weights) / sizeof(float), "one head per thread");
-  memory.weights[weight_slot(h)] =
-      h < queries.heads ? queries.weights[m * queries.weights_stride + h] : 0.0F;
-
-  const Row row = find_row(params.windows, m, params.keys.count);
-  const int shift = params.block_shift;
-  const int64_t first = row.empty() ? 0 : (row.start - row.origin) >> shift;
-  const int64_t last = row.empty() ? 0 : (row.end - 1 - row.origin) >> shift;
-  const auto start = [&](int64_t number) {
-    return static_cast<int32_t>(row.origin + (number << shift));
-  };
+  load_weights(params.queries, memory, m);
+  const Extent extent(params, m);
   int32_t* blocks = memory.region.blocks();
-  const bool pruned = params.block_topk > 0 && last - first >= params.block_topk;
-  const auto kept = static_cast<uint32_t>(min(params.block_topk, last - first + 1));  // flat: 0
-  if (pruned) {
-    if (ptx::this_thread() == 0) {
-      blocks[0] = start(first);
-      blocks[kept - 1] = start(last);
-    }
+  if (extent.pruned) {
+    if (ptx::this_thread() == 0) extent.keep_ends(params, blocks);
   } else {
-    for (uint32_t i = ptx::this_thread(); i < kept; i += kThreads) blocks[i] = start(first + i);
+    for (uint32_t i = ptx::this_thread(); i < extent.kept; i += kThreads)
+      blocks[i] = extent.start(params, extent.first + i);
   }
   __syncthreads();
   if (ptx::this_thread() == 0) {
     memory.m = m;
-    memory.row = row;
-    memory.kept = kept;
+    memory.row = extent.row;
+    memory.kept = extent.kept;
     memory.buffered = 0;
     memory.bar = Bar{};
-    memory.stage = row.empty()          ? Stage{.last = true}
-                   : pruned && kept > 2 ? coarse_stage(params, row, first, last, blocks)
-                                        : token_stage(params, m, row, kept, blocks);
+    if (extent.row.empty())
+      memory.stage = Stage{.last = true};
+    else if (extent.pruned && extent.kept > 2)
+      memory.stage = coarse_stage(params, extent.row, extent.first, extent.last, blocks);
+    else
+      memory.stage = token_stage(params, m, extent.row, extent.kept, blocks);
     memory.scored = memory.stage.scores != nullptr || memory.stage.count < memory.stage.source.size;
   }
   __syncthreads();
@@ -118,9 +107,7 @@ cudaError_t launch(const RowsParams& params, const Geometry& geometry, cudaStrea
     if (geometry.prunes) return launch<Scorer, 3>(params, geometry, stream);
   constexpr auto kernel = rows_kernel<Scorer, kBlocks>;
   if (const auto error = allow_shared<kernel>(geometry.device, geometry.shared_limit)) return error;
-  kernel<<<static_cast<unsigned>(geometry.grid), kThreads, static_cast<size_t>(geometry.shared),
-           stream>>>(params);
-  return cudaGetLastError();
+  return launch_blocks(kernel, geometry.grid, kThreads, geometry.shared, params, stream);
 }
 
 // Every variant is compiled for the type; the geometry says which one runs.

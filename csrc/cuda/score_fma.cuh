@@ -24,11 +24,13 @@ class FmaScorer {
         dim_(static_cast<int>(dim)),
         query_(reinterpret_cast<float4*>(extra)) {}
 
-  // Score the stage's keys from `begin` on, a chunk, into the region. All threads call it.
+  // Score the stage's keys from `begin` on, a chunk, into the region, and up to kBehind behind it.
+  // All threads call it.
   __device__ void score(uint32_t begin) {
     const Source source = memory_.stage.source;
+    const uint32_t n = (chunk_at(memory_, begin) + 3) / 4 * 4;  // as they will be read
     for (group_ = 0; group_ < groups(); ++group_)
-      score_group(source, begin, chunk_at(memory_, begin), memory_.region.scores);
+      score_group(source, begin, n, memory_.region.scores);
   }
 
  private:

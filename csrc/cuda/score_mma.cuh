@@ -171,8 +171,8 @@ class MmaScorer {
                     kBytes),
           chunks(ptx::shared_address(scorer.tile_ + thread * 16)),
           weights(ptx::shared_address(scorer.memory_.weights + column(thread) * 4)) {
-      asm("" : "+l"(keys));  // kept in registers, not derived anew
-      asm volatile("" : "+l"(query));  // or queries are held while a row's selection runs
+      keys = ptx::here(keys);  // kept in registers, not derived anew
+      query = ptx::here(query);  // or queries are held while a row's selection runs
       ptx::store(chunks + kOwnScale, 1.0F);
       ptx::store(chunks + kSourceBlocks, source.blocks);
       ptx::store(chunks + kSourceScale, source.scale);

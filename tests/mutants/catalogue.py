@@ -26,6 +26,8 @@ OUT = ("tests/test_t13_out.py",)
 
 SPLIT = ("tests/test_split.py", "tests/test_cuda_hopper.py", "tests/test_paged.py",
          "tests/test_t03_window_edges.py", "--families", "cuda", "--shapes", "hopper")  # fmt: skip
+PARTS = ("tests/test_split_portable.py", "tests/test_t03_window_edges.py", "--families",
+         "cuda-portable")  # fmt: skip
 PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
 
 MUTANTS = [
@@ -269,7 +271,7 @@ CUDA_MUTANTS = [
     Mutant("scores ignore k_scale", "cuda/source.cuh", ".scale = keys.scale,", ".scale = nullptr,"),
     Mutant("keys of a block mixed up", "cuda/source.cuh",
            "((1U << block_shift) - 1)", "((1U << block_shift) - 2)"),
-    Mutant("heads behind the last not zeroed", "cuda/rows.cuh", "h < queries.heads ?", "true ?"),
+    Mutant("heads behind the last not zeroed", "cuda/extent.cuh", "h < queries.heads ?", "true ?"),
     Mutant("a kernel for more channels", "cuda/variants.h",
            "padded ? d <= dim : d == dim", "d <= dim"),
     Mutant("strides of weights are not used", "entry.h",
@@ -390,6 +392,31 @@ CUDA_MUTANTS = [
            "!__any_sync(~0U, huge)", "true", tests=SPLIT),
     Mutant("split: swizzle of narrow rows", "cuda/ptx/wgmma.cuh",
            ": row / 2 % 4", ": row % 4", tests=SPLIT),
+    # few rows on the portable kernels
+    Mutant("parts: the rest of a division", "cuda/split.cuh",
+           "(positions + step - 1) / step", "positions / step", tests=PARTS),
+    Mutant("parts: all at the beginning", "cuda/split.cuh",
+           "memory.region.scores += part.begin;", "", tests=PARTS),
+    Mutant("parts: the first row's weights", "cuda/split.cuh",
+           "load_weights(stage.call.queries, memory, m)",
+           "load_weights(stage.call.queries, memory, 0)", tests=PARTS),
+    Mutant("parts: rows share their scores", "cuda/split_stage.cuh",
+           "call.workspace + m * row_bytes", "call.workspace + 0 * row_bytes", tests=PARTS),
+    Mutant("parts: rows that keep all have a list", "cuda/split_stage.cuh",
+           "extent.pruned ? extent.kept : 0", "extent.kept", tests=PARTS),
+    Mutant("parts: scores that are asked for", "cuda/split_stage.cuh",
+           "memory.stage.scores != nullptr || ", "", tests=PARTS),
+    Mutant("parts: the last block is not forced", "cuda/extent.cuh",
+           "blocks[kept - 1] = start(params, last)", "blocks[kept - 1] = start(params, last - 1)",
+           tests=PARTS),
+    Mutant("parts: sums of four warps", "cuda/select.cuh",
+           "w < kCount / 32", "w < 4", times=2, tests=PARTS),
+    Mutant("parts: room for tokens alone", "cuda/launch.cpp",
+           "round_up(std::max(blocks, tokens), 4)", "round_up(tokens, 4)", tests=PARTS),
+    Mutant("parts: room for one row", "cuda/launch.cpp",
+           "shape.rows * row_bytes(geometry.chunk, 0", "row_bytes(geometry.chunk, 0", tests=PARTS),
+    Mutant("parts: tokens before the blocks", "cuda/launch.cpp",
+           "if (geometry.prunes) {", "if (!geometry.prunes) {", tests=PARTS),
 ]  # fmt: skip
 
 

@@ -18,6 +18,10 @@ __device__ __forceinline__ float here(float x) {
   asm volatile("" : "+f"(x));
   return x;
 }
+__device__ __forceinline__ const char* here(const char* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // A barrier of some threads of a block. PTX ISA, "Parallel Synchronization: bar.sync".
 template <int kThreads>

@@ -1,0 +1,8 @@
+#include "split.cuh"
+
+namespace hisa::cuda {
+
+template cudaError_t launch_scores_of<ElementType::kFloat16>(const SplitStage&, const Geometry&,
+                                                             cudaStream_t);
+
+}  // namespace hisa::cuda
