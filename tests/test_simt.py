@@ -1,4 +1,4 @@
-"""The kernels for Hopper and the portable selection, on a CPU, with threads in random order.
+"""The CUDA kernels that score and select, on a CPU, with threads in random order.
 
 Catches, without a GPU: a wait for the wrong phase, memory that is used again too early, threads
 that wait for ever, a row, block or scale taken for its neighbour's. Where two threads may go in any
@@ -18,10 +18,11 @@ import torch
 
 from tests import builders, oracle
 from tests.adversarial import BUILDERS as ADVERSARIAL
-from tests.builders import BLOCK_SIZES, exact_case, int32
+from tests.builders import BLOCK_SIZES, exact_case, int32, random_case
 from tests.case import Case, same_bytes
 from tests.checker import assert_same
-from tests.simt import Hopper, build, pairs_pay, select_best
+from tests.numeric import DTYPES, short_name
+from tests.simt import Hopper, Portable, build, pairs_pay, select_best
 from tests.test_row_independence import prompt
 from tests.test_t02_pruned_rows import check_blocks, check_tokens
 
@@ -338,3 +339,95 @@ def test_adversarial_rows(library: ctypes.CDLL, kind: str, name: str) -> None:
     hopper = Hopper(library, **options)
     check_tokens(hopper, name, layout, 3, FP8, 16, 64)
     check_blocks(hopper, name, 300, 40, FP8, 16, 64)
+
+
+# Heads and channels of every instance of the portable kernels.
+PORTABLE = [(16, 64), (32, 64), (64, 64), (100, 64), (16, 128), (32, 128), (64, 128), (70, 128),
+            (20, 48), (5, 256)]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [0, 1], ids=["many", "few"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize(("heads", "dim"), PORTABLE)
+def test_portable_kernels(
+    library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int, split: int
+) -> None:
+    """Rows in packed segments, by a block of threads each, and by several."""
+    case = exact_case(heads + dim, dtype=dtype, M=3, N=300, H=heads, D=dim, B=8, block_topk=18,
+                      topk=40, cu_seqlens_k=int32([0, 13, 300]), ks=int32([13, 16, 2]),
+                      ke=int32([300, 297, 11]))  # fmt: skip
+    kernels = Portable(library, multiprocessors=6, split=split)
+    assert_same(kernels.index(case, heads), oracle.index(case))
+    assert_same(kernels.flat_index(case, dim), oracle.flat_index(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP8], ids=short_name)
+@pytest.mark.parametrize("multiprocessors", [5, 8, 23])
+def test_portable_few_rows(library: ctypes.CDLL, dtype: torch.dtype, multiprocessors: int) -> None:
+    """Two parts of a row to nine, some of them empty; rows that are pruned, whole, short, empty."""
+    few = Portable(library, multiprocessors=multiprocessors, split=1)
+    ks, ke = int32([0, 77, 5, 450, 900]), int32([1100, 1097, 9, 600, 900])
+    for seed, (size, block_topk) in enumerate([(8, 40), (8, 5), (128, 2), (64, 5), (32, 30)]):
+        for topk in (1, 33, min(1400, block_topk * size)):
+            case = exact_case(seed, dtype=dtype, M=5, N=1100, H=2, D=16, B=size, topk=topk,
+                              block_topk=block_topk, ks=ks, ke=ke, cu_seqlens_k=None, budget=1e8,
+                              pooling="max")  # fmt: skip
+            assert_same(few.index(case, seed), oracle.index(case), case.describe())
+            assert_same(few.flat_index(case, seed), oracle.flat_index(case), case.describe())
+
+
+@pytest.mark.parametrize("topk", [40, 1200])
+def test_portable_few_rows_without_scores(library: ctypes.CDLL, topk: int) -> None:
+    """Where all of a row is selected nothing is scored, and memory that holds NaN is not read."""
+    few = Portable(library, multiprocessors=8, split=1, return_scores=False)
+    case = exact_case(1, dtype=BF16, M=3, N=1100, H=2, D=16, B=64, topk=topk, block_topk=19,
+                      ks=int32([0, 7, 30]), ke=int32([1100, 900, 20]), cu_seqlens_k=None,
+                      budget=1e8)  # fmt: skip
+    assert same_bytes(few.index(case).indices, torch.from_numpy(oracle.index(case).indices))
+    assert same_bytes(few.flat_index(case).indices,
+                      torch.from_numpy(oracle.flat_index(case).indices))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize(("heads", "dim"), [(64, 128), (40, 64), (3, 48)])
+def test_portable_parts_change_no_bit(
+    library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int
+) -> None:
+    """Sums that are rounded: the same bytes by one block of threads a row, three, and nine."""
+    case = random_case(heads, dtype, M=2, N=1100, H=heads, D=dim, topk=90, block_size=8,
+                       block_topk=60, ks=int32([0, 5]), ke=int32([1100, 1090]))  # fmt: skip
+    want = Portable(library)
+    for multiprocessors in (3, 9):
+        few = Portable(library, multiprocessors=multiprocessors, split=1)
+        for mine, other in ((few.index(case), want.index(case)),
+                            (few.flat_index(case), want.flat_index(case))):  # fmt: skip
+            assert same_bytes(mine.indices, other.indices)
+            assert same_bytes(mine.scores, other.scores)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_portable_few_rows_out_of_the_ordinary(library: ctypes.CDLL, values: str) -> None:
+    """Ties of all, infinities, NaN."""
+    generator = torch.Generator().manual_seed(2)
+    at, value = VALUES[values]
+    scale = torch.ones(2000)
+    scale[at] = value
+    k, q = (torch.randint(-2, 3, shape, generator=generator).bfloat16()
+            for shape in ((2000, 16), (2, 3, 16)))  # fmt: skip
+    case = Case(q=q, k=k, weights=torch.ones(2, 3), k_scale=scale, topk=700)
+    assert_same(Portable(library, multiprocessors=7, split=1).flat_index(case),
+                oracle.flat_index(case))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(30), pytest.param(range(1000), marks=[pytest.mark.long])], ids=["few", "many"]
+)
+@pytest.mark.parametrize("shared", [166912, 60000])
+def test_portable_fuzz(library: ctypes.CDLL, shared: int, seeds: range) -> None:
+    """Random calls, by whichever kernel: with room for whole rows of scores and without."""
+    for seed in seeds:
+        case = exact_case(seed, budget=3e5)
+        want, flat = oracle.index(case), oracle.flat_index(case)
+        for kernels in (Portable(library, shared), Portable(library, shared, 300, split=2)):
+            assert_same(kernels.index(case, seed), want, case.describe())
+            assert_same(kernels.flat_index(case, seed), flat, case.describe())

@@ -1,7 +1,8 @@
-"""The kernels for Hopper on a CPU, thread by thread: see scheduler.h.
+"""The CUDA kernels that score and select on a CPU, thread by thread: see scheduler.h.
 
-`build` compiles csrc/cuda/sm90 with the wrappers of this folder in place of csrc/cuda/ptx; `Hopper`
-calls it. What it cannot show: swizzles, descriptors, registers, fences, and anything about time.
+`build` compiles them with the wrappers of this folder in place of csrc/cuda/ptx; `Hopper` calls
+those of csrc/cuda/sm90, and `Portable` the others. What it cannot show: swizzles, descriptors,
+registers, fences, and anything about time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 import hisa
 from tests.case import Case
 from tests.checker import Result
+from tests.numeric import FP8
 
 ROOT = Path(__file__).resolve().parents[2]
+TYPES = (torch.float32, torch.bfloat16, torch.float16, FP8)  # as ElementType has them
 FLAGS = "-std=c++20 -O2 -w -fPIC -shared -fno-stack-protector -U_FORTIFY_SOURCE"
 
 
@@ -27,13 +30,13 @@ POINTERS = (
     "q", "k", "pooled", "weights", "k_scale", "pooled_scale", "ks", "ke", "cu_seqlens",
 )  # fmt: skip
 SIZES = (
-    "rows", "keys", "heads", "dim", "segments", "fp8", "block_size", "block_topk", "topk",
+    "rows", "keys", "heads", "dim", "segments", "type", "block_size", "block_topk", "topk",
     "multiprocessors", "shared", "split",
 )  # fmt: skip
 
 
 class Call(ctypes.Structure):
-    """The struct of emulate.cpp."""
+    """The struct of call.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -54,23 +57,26 @@ def build(folder: Path) -> ctypes.CDLL:
     library = folder / "emulate.so"
     subprocess.run(
         [os.environ.get("CXX", "c++"), *FLAGS.split(), f"-I{here / 'include'}", f"-I{source}",
-         str(here / "emulate.cpp"), str(here / "emulate_split.cpp"), "-o", str(library)],
+         *map(str, here.glob("*.cpp")), "-o", str(library)],
         check=True,
     )  # fmt: skip
     return ctypes.CDLL(str(library))
 
 
-class Hopper:
+class Emulated:
     """One build, called with a seed for the order of its threads."""
+
+    entry: str  # of the library
 
     def __init__(
         self, library: ctypes.CDLL, shared: int = 232448, multiprocessors: int = 2,
-        split: int = 0,
+        split: int = 0, return_scores: bool = True,
     ) -> None:  # fmt: skip
-        self.library = library
+        self.emulate = getattr(library, self.entry)
         self.shared = shared  # bytes of memory that a block can have: fewer, other layouts
         self.multiprocessors = multiprocessors
-        self.split = split  # blocks of a row, by the kernel for few rows
+        self.split = split  # see call.h
+        self.return_scores = return_scores  # else they stay 77
 
     def index(self, case: Case, seed: int = 0) -> Result:
         """Run hisa.index, with pooled keys from the CPU unless there are some."""
@@ -98,16 +104,28 @@ class Hopper:
         call = Call(
             rows=rows, keys=keys, heads=heads, dim=dim, topk=case.topk, seed=seed,
             segments=0 if case.cu_seqlens_k is None else len(case.cu_seqlens_k) - 1,
-            fp8=case.q.dtype == torch.float8_e4m3fn, shared=self.shared,
+            type=TYPES.index(case.q.dtype), shared=self.shared,
             multiprocessors=self.multiprocessors, split=self.split,
-            indices=indices.data_ptr(), scores=scores.data_ptr(),
+            indices=indices.data_ptr(), scores=scores.data_ptr() if self.return_scores else None,
             **{name: x.data_ptr() for name, x in held.items()},
             **{name: x for name, x in more.items() if isinstance(x, int)},
         )  # fmt: skip
         text = ctypes.create_string_buffer(500)
-        if self.library.emulate(ctypes.byref(call), text, len(text)):
+        if self.emulate(ctypes.byref(call), text, len(text)):
             raise RuntimeError(text.value.decode())
         return Result(indices, scores)
+
+
+class Hopper(Emulated):
+    """The kernels of csrc/cuda/sm90."""
+
+    entry = "emulate"
+
+
+class Portable(Emulated):
+    """Those for all GPUs; `split` is 1 for several blocks a row, 2 if these are for the call."""
+
+    entry = "emulate_portable"
 
 
 def aligned(tensor: Tensor) -> Tensor:

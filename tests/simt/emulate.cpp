@@ -2,6 +2,7 @@
 // place of csrc/cuda/ptx, and the selection of the portable ones.
 #include <exception>
 
+#include "call.h"
 #include "cuda/sm90/launch.cpp"
 #include "cuda/sm90/rows_bf16.cu"
 #include "cuda/sm90/rows_fp8.cu"
@@ -13,45 +14,13 @@ alignas(1024) char start[kSharedBytes * kMostEmulated];
 
 extern "C" {
 
-struct Call {
-  const void *q, *k, *pooled;
-  const float *weights, *k_scale, *pooled_scale;
-  const int32_t *ks, *ke, *cu_seqlens;
-  int64_t rows, keys, heads, dim, segments, fp8, block_size, block_topk, topk, multiprocessors,
-      shared,  // bytes that a block can have
-      split;   // blocks of a row by the kernel for few rows, or 0
-  uint64_t seed;
-  int32_t* indices;
-  float* scores;
-};
-
 // 0, or 1 with a text.
 int emulate(const Call* call, char* text, int64_t size) {
   using namespace hisa;
   try {
     simt::seed() = call->seed;
-    const auto type = call->fp8 != 0 ? ElementType::kFloat8E4M3 : ElementType::kBFloat16;
-    const Keys keys{call->k, call->k_scale, call->keys, call->dim, call->dim, type};
-    const bool flat = call->block_size == 0;
-    const Shape shape{call->rows,
-                      call->keys,
-                      call->heads,
-                      call->dim,
-                      type,
-                      call->topk,
-                      call->block_size,
-                      call->block_topk,
-                      call->pooled != nullptr};
-    cuda::RowsParams params{};
-    params.queries = {call->q,   call->weights, call->rows, call->heads, call->heads * call->dim,
-                      call->dim, call->heads};
-    params.keys = keys;
-    if (call->pooled != nullptr)
-      params.pooled = {call->pooled, call->pooled_scale, shape.slots(), call->dim, call->dim, type};
-    params.windows = {call->ks, call->ke, call->cu_seqlens, call->segments};
-    params.output = {call->indices, call->scores, call->topk};
-    params.block_topk = flat ? 0 : call->block_topk;
-    params.block_shift = flat ? 0 : std::countr_zero(static_cast<uint64_t>(call->block_size));
+    const Shape shape = call->shape();
+    const cuda::RowsParams params = call->params();
     // Another device for each size of clusters, as kernels are prepared once for a device.
     const cuda::DeviceLimits limits{90, static_cast<int>(call->multiprocessors), 233472,
                                     call->shared, static_cast<int>(call->split)};

@@ -71,7 +71,7 @@ class Block {
     for (uint32_t i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[i];
       t.index = i;
-      t.stack = std::make_unique<char[]>(kStack);
+      t.stack = std::make_unique_for_overwrite<char[]>(kStack);
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.get();
       t.context.uc_stack.ss_size = kStack;

@@ -73,6 +73,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+template <class T>
+T __ldg(const T* x) {
+  return *x;
+}
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
@@ -109,8 +113,8 @@ T exchange(T x, From from) {  // every lane gets the value of lane from(lane)
 }
 inline uint32_t lane_of_thread() { return threadIdx.x % 32; }
 template <class T>
-T __shfl_sync(uint32_t, T x, uint32_t source) {
-  return exchange(x, [source](uint32_t) { return source % 32; });
+T __shfl_sync(uint32_t, T x, uint32_t source, uint32_t width = 32) {
+  return exchange(x, [=](uint32_t i) { return i / width * width + source % width; });
 }
 template <class T>
 T __shfl_up_sync(uint32_t, T x, uint32_t step) {

@@ -13,6 +13,19 @@ namespace hisa::cuda::ptx {
 inline uint32_t shared_address(const void* object) {
   return static_cast<uint32_t>(static_cast<const char*>(object) - sm90::start);
 }
+inline uint4 load_16(uint32_t address) {
+  return *reinterpret_cast<const uint4*>(sm90::start + address);
+}
+template <class T>
+void store(uint32_t address, T x) {
+  std::memcpy(sm90::start + address, &x, sizeof x);
+}
+template <class T>
+T load(uint32_t address) {
+  T x;
+  std::memcpy(&x, sm90::start + address, sizeof x);
+  return x;
+}
 template <class T>
 void store_if(bool wanted, uint32_t to, T x) {
   if (wanted) std::memcpy(sm90::start + to, &x, 4);

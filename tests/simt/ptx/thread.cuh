@@ -5,7 +5,10 @@
 namespace hisa::cuda::ptx {
 
 inline uint32_t this_thread() { return threadIdx.x; }
-inline float here(float x) { return x; }
+template <class T>
+T here(T x) {
+  return x;
+}
 template <int kThreads>
 void sync_some() {
   simt::Block::current().sync(1, kThreads);
