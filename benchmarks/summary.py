@@ -25,7 +25,7 @@ On a GPU. fp8 where a row says nothing else, D 128, causal, `topk` 2048, `block_
 `hisa.index` they are; memory beyond the inputs. Random: queries are independent, the worst case.
 Text: they drift, so that neighbours share three of four kept blocks or more. Portable: the kernels
 that GPUs other than Hopper run, here in a build with `HISA_HOPPER=0`. Decode: 64 heads, in a CUDA
-graph, but for TileLang, which takes adjacent keys; flat is `hisa.paged_index` with every block kept.
+graph, but for TileLang, which takes adjacent keys; flat is `hisa.paged_index` keeping every block.
 `make bench ARGS=CASE` repeats the rows of a case, with peers as [below](#more)."""
 PLOT = "![How much faster hisa.index is, by length](benchmarks/results/cuda_hopper.svg)"
 HEADER = ("", "hisa", "compared with", "gain", "case")
