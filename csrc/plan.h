@@ -23,8 +23,9 @@ struct Shape {
   bool pooled;         // pooled keys are given
 
   bool flat() const { return block_size == 0; }
-  // Whether pooled keys have to be made: if the window of some row may meet too many blocks.
-  bool pools() const { return !pooled && slots() > block_topk; }
+  // Whether the window of some row may meet more blocks than it keeps.
+  bool prunes() const { return slots() > block_topk; }
+  bool pools() const { return !pooled && prunes(); }  // whether pooled keys have to be made
   int64_t slots() const { return flat() ? 0 : (keys + block_size - 1) / block_size; }
 };
 

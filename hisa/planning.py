@@ -68,13 +68,13 @@ def plan(
 
         rows * 4 * (12704 + 4 * max(topk, block_topk) + block_topk) + pooled keys
 
-    at most, with two rows per multiprocessor or as many as take 256 MiB, but at least one. Calls of
-    few rows, up to one per multiprocessor, share out a row's keys and collect its scores,
+    at most, with two rows per multiprocessor or as many as take 256 MiB, but at least one. Pruned
+    calls of few rows, up to one per multiprocessor, share out a row's candidates and collect their
+    scores,
 
-        M * 4 * (keys + block_topk + 64) + pooled keys
+        M * 4 * (max(ceil(N / block_size), block_topk * block_size) + block_topk + 64) + pooled keys
 
-    where `keys` are N, or the larger number of a row's blocks and of tokens that it keeps, unless
-    these scores take more than 32 MiB. The kernels for Hopper, of fp8 and bf16, list the kept
+    unless these take more than 32 MiB. The kernels for Hopper, of fp8 and bf16, list the kept
     blocks, `4 * M * block_topk` bytes more, and leave less room in shared memory: for 64 heads of
     128 channels up to `topk` 2048.
 

@@ -114,7 +114,7 @@ def test_any_scores(spoil: Callable[[dict[str, Any]], None], dtype: torch.dtype)
 
 @pytest.mark.parametrize("rows", [1, 7])
 def test_a_million_tokens(rows: int) -> None:
-    """The scores of a row take 4 MiB, and those of seven nearly all that there may be."""
+    """More blocks than in the other tests, and a budget of nothing but the ends."""
     call = call_of(torch.bfloat16, rows, 2**20 + 5, 16, 64)
     check(call, block_size=8, block_topk=3000, topk=9000)
     check(call, block_topk=2, topk=256)
@@ -151,12 +151,14 @@ def test_pages(batch: int, next_n: int, dtype: torch.dtype) -> None:
              return_scores=True)  # fmt: skip
     with CUDA_PORTABLE.active():
         ran = kernels_of(lambda: hisa.paged_index(q, keys, weights, **options, block_topk=20))
+        whole = kernels_of(lambda: hisa.paged_index(q, keys, weights, **options, block_topk=200))
     few = batch * next_n <= torch.cuda.get_device_properties("cuda").multi_processor_count
     assert ran == (SPLIT if few else WHOLE)
+    assert whole == WHOLE
 
 
 def test_which_calls_it_takes() -> None:
-    """Up to a row for each multiprocessor, more than 128 tokens or blocks, and 32 MiB of scores."""
+    """Up to a row for each multiprocessor, more than 128 candidates, 32 MiB; and what it prunes."""
     most = torch.cuda.get_device_properties("cuda").multi_processor_count
 
     def ran(rows: int, tokens: int, **options: Any) -> set[str]:
@@ -167,17 +169,17 @@ def test_which_calls_it_takes() -> None:
 
     blocks = {"block_size": 8, "block_topk": 9}
     with CUDA_PORTABLE.active():
-        assert ran(most, 1100) == ran(most, 1100, **blocks) == SPLIT
-        assert ran(most + 1, 1100) == ran(most + 1, 1100, **blocks) == WHOLE
-        assert ran(1, 129) == SPLIT
-        assert ran(1, 128) == WHOLE
+        assert ran(most, 1100, **blocks) == SPLIT
+        assert ran(most + 1, 1100, **blocks) == WHOLE
         assert ran(1, 8 * 129, **blocks) == SPLIT
         assert ran(1, 8 * 128, **blocks) == WHOLE
         assert ran(1, 8 * 1000, block_size=8, block_topk=2) == WHOLE
-        assert ran(8, 2**20 - 64) == SPLIT
-        assert ran(8, 2**20 - 63) == WHOLE
+        assert ran(8, 2**20, block_size=128, block_topk=8128) == SPLIT
+        assert ran(8, 2**20, block_size=128, block_topk=8129) == WHOLE
+        assert ran(1, 9000) == WHOLE  # flat
+        assert ran(1, 9000, block_size=8, block_topk=1125) == WHOLE  # keeps all
     with CUDA_PORTABLE_MANY.active():
-        assert ran(1, 1100) == ran(1, 1100, **blocks) == WHOLE
+        assert ran(1, 1100, **blocks) == WHOLE
 
 
 def test_beside_a_kernel_that_holds_the_device() -> None:

@@ -106,19 +106,20 @@ struct Cuda {
   }
 
   void run_gathered(const PagedPart& part, const Shape& shape) {
-    if (part.prunes() && part.kept > 2) run_flat(choose_blocks(part), part.slots(), shape);
+    const bool prunes = part.prunes();
+    if (prunes && part.kept > 2) run_flat(choose_blocks(part), part.slots(), prunes, shape);
     C10_CUDA_CHECK(gather_tokens(part, stream));
-    run_flat(choose_tokens(part), part.kept * part.call.block_size, shape);
+    run_flat(choose_tokens(part), part.kept * part.call.block_size, prunes, shape);
   }
 
   // A flat call like `shape`, but for its keys, of which a row sees `most` at most, and topk.
-  void run_flat(const RowsParams& params, int64_t most, Shape shape) {
+  void run_flat(const RowsParams& params, int64_t most, bool budgeted, Shape shape) {
     shape.rows = params.queries.rows;
     shape.keys = most;
     shape.topk = params.output.topk;
     shape.block_size = shape.block_topk = 0;
     shape.pooled = false;
-    run(params, shape);
+    run(params, shape, budgeted);
   }
 
   // Run a call by a cluster for each row, if it is one for that.
@@ -129,14 +130,16 @@ struct Cuda {
     return plan.splits;
   }
 
-  void run(const RowsParams& params, const Shape& shape) {
+  void run(const RowsParams& params, const Shape& shape) { run(params, shape, shape.prunes()); }
+
+  void run(const RowsParams& params, const Shape& shape, bool budgeted) {
     if (sm90::takes(shape, limits)) {
       if (run_split(params, shape)) return;
       const sm90::Geometry geometry = sm90::make_geometry(shape, limits);
       const Tensor workspace = allocate(geometry.workspace);
       C10_CUDA_CHECK(sm90::launch_rows(params, geometry, pointer(workspace), stream));
     } else {
-      const Geometry geometry = make_geometry(shape, limits);
+      const Geometry geometry = make_geometry(shape, limits, budgeted);
       const Tensor workspace = allocate(geometry.workspace);
       C10_CUDA_CHECK(launch_rows(params, geometry, pointer(workspace), stream));
     }
@@ -186,7 +189,7 @@ hisa::CallPlan hisa::plan_cuda(const Shape& shape) {
   const bool splits = hopper && cuda::sm90::plan_split(shape, limits).splits;
   const int64_t workspace = splits   ? 0
                             : hopper ? cuda::sm90::make_geometry(shape, limits).workspace
-                                     : cuda::make_geometry(shape, limits).workspace;
+                                     : cuda::make_geometry(shape, limits, shape.prunes()).workspace;
   return {hopper ? cuda::sm90::kernel_name(shape) : cuda::kernel_name(shape),
           workspace + pooled_bytes(shape)};
 }

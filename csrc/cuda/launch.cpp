@@ -20,8 +20,8 @@ constexpr std::array<int64_t, 3> kChunks = {4096, 2048, 1024};  // the first tha
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Few rows: into as many parts as there can be blocks of threads at once, of one wave, if that is
-// several. Whether it is.
+// Few rows: into as many parts as there can be blocks of threads at once, of one wave. Whether that
+// is several, and what they collect is not too much.
 bool split(const Shape& shape, const DeviceLimits& limits, int64_t blocks, int64_t tokens,
            Geometry& geometry) {
   const int64_t at_once = kBlocksPerMultiprocessor * limits.multiprocessors;
@@ -69,7 +69,7 @@ cudaError_t launch_split(const RowsParams& params, const Geometry& geometry, cud
 
 }  // namespace
 
-Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
+Geometry make_geometry(const Shape& shape, const DeviceLimits& limits, bool budgeted) {
   Geometry geometry{};
   geometry.shared_limit = limits.shared_block;
   geometry.device = limits.device;
@@ -79,7 +79,7 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
   // Candidates of a stage, and how many of them it keeps.
   const int64_t tokens =
       shape.flat() ? shape.keys : std::min(geometry.kept * shape.block_size, shape.keys);
-  geometry.prunes = shape.slots() > shape.block_topk;
+  geometry.prunes = shape.prunes();
   const int64_t blocks = geometry.prunes && shape.block_topk > 2 ? shape.slots() : 0;
   const int64_t candidates = std::max(tokens, blocks);
   const int64_t count = std::max(std::min(shape.topk, tokens), geometry.kept);
@@ -104,7 +104,7 @@ Geometry make_geometry(const Shape& shape, const DeviceLimits& limits) {
                                        : make_tile(kVariants[geometry.variant], shape.type).bytes);
   const int64_t fixed = kSharedBytes + geometry.scorer_bytes;
   geometry.shared = fixed;
-  geometry.splits = split(shape, limits, blocks, tokens, geometry);
+  geometry.splits = budgeted && split(shape, limits, blocks, tokens, geometry);
   if (geometry.splits) return geometry;
   geometry.workspace = 0;
   const int64_t half = limits.shared_total / kBlocksPerMultiprocessor - kReserved - fixed;

@@ -27,7 +27,9 @@ struct Geometry {
   int64_t block_parts, token_parts;  // if so: how many blocks, in either stage
 };
 
-Geometry make_geometry(const Shape& shape, const DeviceLimits& limits);
+// `budgeted`: a row's candidates are some of the keys, or one for each block, and may be collected;
+// no tensor [rows, keys] ever is.
+Geometry make_geometry(const Shape& shape, const DeviceLimits& limits, bool budgeted);
 std::string kernel_name(const Shape& shape);
 
 // Fill in what follows from the geometry, and launch. No synchronisation.

@@ -29,7 +29,8 @@ extern "C" int emulate_portable(const Call* call, char* text, int64_t size) {
     cuda::use_split = call->split != 0;
     const cuda::DeviceLimits limits{80, static_cast<int>(call->multiprocessors), 167936,
                                     call->shared, 0};
-    const auto geometry = cuda::make_geometry(call->shape(), limits);
+    // A flat call here stands for one of those that a paged call makes.
+    const auto geometry = cuda::make_geometry(call->shape(), limits, true);
     if (call->split == 1 && !geometry.splits) throw std::runtime_error("not split");
     if (geometry.shared > call->shared) throw std::runtime_error("too much shared memory");
     // NaN, and blocks far from any key.
