@@ -42,6 +42,10 @@ def test_kernels_of_each_call() -> None:
     ((stage, _),) = cuda_profile.name_stages(calls[0][3:])
     assert stage == "flat"
     pool, coarse, _, single = calls[0]
+    short = "void sm90::kernel<sm90::Config<3, 64, 128, {}, 0>>(sm90::Params)"  # by newer versions
+    for numbers, want in (("2, 1", "refine by pairs"), ("1, 0", "refine row by row")):
+        other = {**single, TIME: 1e-4, "kernel": short.format(numbers)}
+        assert [s for s, _ in cuda_profile.name_stages([pool, coarse, other])][2] == want
     single = {**single, TIME: 1e-4}
     assert [s for s, _ in cuda_profile.name_stages([pool, coarse, single])][
         2

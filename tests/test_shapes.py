@@ -40,6 +40,7 @@ BUILDERS: dict[str, Callable[[int], Case]] = {
 PINNED = {
     "test_agreement.py",
     "test_cuda_dispatch.py",
+    "test_simt.py",
     "test_t20_torch_contract.py",
     "test_t21_memory.py",
     "test_t25_parity.py",

@@ -305,7 +305,7 @@ def test_rows_where_sums_round(
     case = prompt(dtype, 5, 8 * 64 + 5, heads, dim, alike, 64)
     whole = Hopper(library, multiprocessors=1).index(case)
     order = torch.arange(5).flip(0)
-    ways: list[dict[str, int]] = [{"multiprocessors": 1}, {"multiprocessors": 8}]
+    ways: list[dict[str, Any]] = [{"multiprocessors": 1}, {"multiprocessors": 8}]
     ways += [{"multiprocessors": 8, "split": peers} for peers in (1, 3)]
     for hopper in (Hopper(library, **way) for way in ways):
         for rows in (torch.arange(5), order[1:], order[2:3]):
@@ -314,7 +314,7 @@ def test_rows_where_sums_round(
 
 
 # What of test_t02_pruned_rows each emulated call has: block size, blocks kept, topk.
-PRUNED: dict[str, tuple[dict[str, int], tuple[int, int, int]]] = {
+PRUNED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "alone": ({"multiprocessors": 8}, (64, 30, 300)),
     "pairs": ({"multiprocessors": 1}, (64, 30, 300)),
     "chunks": ({"multiprocessors": 8, "shared": 120_000}, (128, 96, 999)),

@@ -244,7 +244,7 @@ def test_return_scores_changes_nothing(family: Family) -> None:
 
 def test_optional_arguments_have_their_defaults(family: Family) -> None:
     """No k_scale is a scale of 1, no windows are [0, N), no segments are one segment."""
-    case = random_case(0, **shaped(dtype=torch.float16), block_topk=5, topk=21)
+    case = random_case(0, **shaped(dtype=torch.bfloat16), block_topk=5, topk=21)
     m, n = case.shape[:2]
     spelled = case.replace(k_scale=torch.ones(n), ks=int32([0] * m), ke=int32([n] * m),
                            cu_seqlens_k=int32([0, n]))  # fmt: skip

