@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from . import report
+from .cases.cuda_decode_module import STEPS
 from .cases.cuda_hopper import Shape
 from .cases.indexer_module import bytes_needed
 
@@ -15,7 +16,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks --readme -->", "<!-- end -->"
 
 CPU_CASES = ("indexer_module", "flat", "refine", "scaling")
 PREFILLS = ("cuda_hopper", "cuda_prefill")
-CUDA_CASES = ("cuda_module", "cuda_decode", *PREFILLS)
+CUDA_CASES = ("cuda_module", "cuda_decode_module", "cuda_decode", *PREFILLS)
 DEEPGEMM = "DeepGEMM + torch.topk"
 PEERS = ("hisa.index", "TileLang", DEEPGEMM, "torch in chunks", "hisa.flat_index")
 OURS = {"hisa.index", "hisa.flat_index"}
@@ -41,7 +42,9 @@ def summary(results: Path) -> str:
 def cuda_summary(results: Path) -> str:
     """Return the tables of what was measured on a GPU, and the plot where there is one."""
     prefills = prefill_rows(results)
-    modules = report.table([HEADER, *cuda_module_rows(results), *decode_rows(results)])
+    modules = report.table(
+        [HEADER, *cuda_module_rows(results), *step_rows(results), *decode_rows(results)]
+    )
     found = f"{modules}\n\n{report.table(prefills)}\n\n{NOTE}\n{origin(results, CUDA_CASES)}"
     return f"{found}\n\n{PLOT}" if any(row[-1] == "cuda_hopper" for row in prefills) else found
 
@@ -88,6 +91,22 @@ def cuda_module_rows(results: Path) -> list[tuple[str, ...]]:
         kind = ours["peer"].removeprefix("patched")
         what = f"V3.2 indexer module, {ours['keys']} tokens{kind}"
         rows.append((what, f"{time(ours)}, {memory(ours)}", compared, gain, "cuda_module"))
+    return rows
+
+
+def step_rows(results: Path) -> list[tuple[str, ...]]:
+    """Return the rows about a decode step of the patched module."""
+    if not (results / "cuda_decode_module.csv").exists():
+        return []
+    records = {(r["cache"], r["peer"]): r for r in read(results, "cuda_decode_module")}
+    rows: list[tuple[str, ...]] = []
+    for cache, how in (("dynamic", ""), ("static", ", compiled")):
+        ours, own = (records[cache, f"{peer}{how}"] for peer in ("patched", "Hugging Face"))
+        ours_s, own_s = (float(record["median_s"]) / STEPS for record in (ours, own))
+        what = f"a step of the module, {ours['keys']} tokens, {cache} cache{how}"
+        compared = f"Hugging Face: {report.time_text(own_s)}"
+        gain = f"{own_s / ours_s:.1f}x time"
+        rows.append((what, report.time_text(ours_s), compared, gain, "cuda_decode_module"))
     return rows
 
 

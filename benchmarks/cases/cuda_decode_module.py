@@ -32,6 +32,13 @@ COMPILING: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
 HEADS, TOPK, BLOCK_TOPK = 64, 2048, 64
 STEPS, ROOM = 16, 2048  # of a call, and for all calls
 MOST_RUNS = 40
+LIMIT = """
+What limits a step of a single layer is the host, patched or not: its kernels are done long before
+the next are launched. Patched, kernels take a fourth of what they take unpatched. Eager, what is
+left are 23 small operators beyond the projections and the cache, with the Python around them:
+windows from the mask, angles, RoPE, what is kept, the call itself. Compiled, a step is one replayed
+graph, and dynamo's guards and the copies of its inputs take 0.15 to 0.2 ms, which the unpatched
+module's kernels outlast. In a model the graph of a step has all layers, and that is spent once."""
 
 Calls = dict[str, Callable[[], object]]
 
@@ -136,3 +143,4 @@ def run(bench: Bench) -> None:
                 found[OWN + how].median / found[HISA + how].median,
                 at_least=4 if how else 2,
             )
+    bench.say(LIMIT)

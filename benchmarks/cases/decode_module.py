@@ -29,13 +29,11 @@ LIMIT = """
 What limits the gain in one step of one layer at 32K tokens is what every peer does: with full
 projections the reading of their weights, and in a dynamic cache the copy of all keys. In float32
 and a dynamic cache that alone takes a quarter of the unpatched module's time or more, so that a
-fourth of it is out of reach. What the patch adds is 1.1 to 1.4 ms where the copy is no matter: by
-torch's profiler and cProfile 0.2 to 0.3 ms of selecting, and some forty small operations, a few
-microseconds each, with the Python around them: windows from the mask (once per forward of a model,
-here once per step) 70 us, what is kept beside the cache 100 us, queries, keys and weights beyond
-their products 200 us. A copy of all keys in a dynamic cache takes 2 ms or 7, as the allocator has
-memory for it at hand or gets fresh pages. Quantising was most of a step in fp8 before its result
-was kept."""
+fourth of it is out of reach. What the patch adds is 0.7 to 1.2 ms where the copy is no matter: by
+torch's profiler 0.2 of selecting, 0.3 to 0.4 by which the three products take longer with other
+work between them, and some twenty small operations with the Python around them, 0.26 ms, in fp8
+0.33. A copy of all keys in a dynamic cache takes 2 ms or 7, as the allocator has memory for it at
+hand or gets fresh pages. Quantising was most of a step in fp8 before its result was kept."""
 STEPS = 256  # for which a static cache has room
 
 
