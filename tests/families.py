@@ -38,15 +38,20 @@ class Family:
 
     @contextmanager
     def active(self) -> Iterator[Family]:
-        """Make this family the one that runs."""
-        extension = importlib.import_module("hisa._C")
-        extension.set_cpu_isa(self.isa or "auto")
-        extension.use_kernels(hopper=self.hopper, split=self.split)
+        """Make this family the one that runs; afterwards, the one that ran before."""
+        before = _running[-1]
+        _running.append(self)
+        self._choose()
         try:
             yield self
         finally:
-            extension.set_cpu_isa("auto")
-            extension.use_kernels()
+            _running.pop()
+            before._choose()
+
+    def _choose(self) -> None:
+        extension = importlib.import_module("hisa._C")
+        extension.set_cpu_isa(self.isa or "auto")
+        extension.use_kernels(hopper=self.hopper, split=self.split)
 
     @property
     def api(self) -> Any:
@@ -127,6 +132,9 @@ FAMILIES = (
     CUDA_PORTABLE,
     CUDA_PORTABLE_MANY,
 )
+
+
+_running = [Family("best")]  # what runs, behind what ran before
 
 
 def usable_isas() -> list[str]:

@@ -9,6 +9,7 @@ in common, or unlike them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_rows(
             for part in (slice(0, split), slice(split, rows)):
                 same(run(case.rows(part)), pick(whole, part), part)
         if family.device == "cuda":
-            for other in (CUDA, CUDA_MANY):
+            for other in (replace(family, split=split) for split in (True, False)):
                 with other.active():
                     same(getattr(other, run.__name__)(case), whole, other.name)
                     part = slice(0, 9)
