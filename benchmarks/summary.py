@@ -67,11 +67,13 @@ def origin(results: Path, cases: tuple[str, ...]) -> str:
     present = [case for case in cases if (results / f"{case}.csv").exists()]
     records = [record for case in present for record in read(results, case)]
     first = records[0]
-    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    commits, dates = (
+        ", ".join(dict.fromkeys(record[name] for record in records)) for name in ("commit", "date")
+    )
     where = first["gpu"] or f"{first['cpu']}, {first['threads']} threads, {first['cpu_isa']}"
     return (
         f"{where}; torch {first['torch']}, transformers {first['transformers']}; "
-        f"commit {commits}, {first['date']}."
+        f"commit {commits}, {dates}."
     )
 
 

@@ -222,7 +222,8 @@ def paged_index(
     Nor are they on Hopper, where rows are few, at most two for each multiprocessor. On a GPU else
     pooled keys are, and where `hisa.plan` names no kernel "wgmma" the kept blocks' keys as well,
     `next_n * block_topk * block_size` of a sequence: of as many sequences at a time as fit into
-    256 MiB, at least one. Source: arXiv 2603.28458; defined by
+    256 MiB, at least one; and where their rows are few, the scores of what they choose among, up to
+    32 MiB. Source: arXiv 2603.28458; defined by
     `hisa.reference_paged.paged_index`.
     """
     module = _extension.require()

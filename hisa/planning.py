@@ -74,7 +74,8 @@ def plan(
 
         M * 4 * (max(ceil(N / block_size), block_topk * block_size) + block_topk + 64) + pooled keys
 
-    unless these take more than 32 MiB. The kernels for Hopper, of fp8 and bf16, list the kept
+    with the first two terms of the sum rounded up to multiples of 4, unless that is more than
+    32 MiB. The kernels for Hopper, of fp8 and bf16, list the kept
     blocks, `4 * M * block_topk` bytes more, and leave less room in shared memory: for 64 heads of
     128 channels up to `topk` 2048.
 

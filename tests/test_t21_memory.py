@@ -18,7 +18,7 @@ import torch
 
 import hisa
 from tests.builders import random_case, shaped
-from tests.families import CUDA_MANY, CUDA_PORTABLE, Family
+from tests.families import CUDA_MANY, CUDA_PORTABLE, CUDA_PORTABLE_MANY, Family
 from tests.numeric import DTYPES, short_name
 
 SLACK = 12 * 2**20  # allocator and page rounding, thread stacks
@@ -279,6 +279,26 @@ def test_workspace_on_cuda_does_not_grow() -> None:
         peak = torch.cuda.max_memory_allocated() - before
         pooled = -(-i * 240 // 128) * (64 + 1) * 4
         assert peak <= max(peaks) + pooled + 2 * ROUNDING, i
+
+
+@pytest.mark.gpu
+def test_what_few_rows_collect_is_the_plans() -> None:
+    """Rising lengths, pruned from 1025 keys on: each call takes what its plan says, and no more."""
+    weights = torch.ones(8, 4, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        q, keys = torch.ones(8, 4, 64, device="cuda").to(dtype), torch.ones(60000, 64).to(dtype)
+        keys = keys.cuda()
+        for n in [*range(1, 2000, 97), *range(2000, 60001, 2900)]:
+            sizes: dict[str, Any] = {"block_topk": 8, "topk": 64}
+            for family in (CUDA_PORTABLE, CUDA_PORTABLE_MANY):
+                with family.active():
+                    plan = hisa.plan(8, n, 4, 64, dtype=dtype, device="cuda", **sizes)
+                    before = requested()
+                    torch.cuda.reset_peak_memory_stats()
+                    hisa.index(q, keys[:n], weights, **sizes)
+                    beyond = requested("peak") - before
+                planned = plan.output_bytes + plan.workspace_bytes
+                assert 0 <= beyond - planned <= 5 * ROUNDING, (n, family.name)
 
 
 @pytest.mark.gpu

@@ -31,10 +31,10 @@ bool split(const Shape& shape, const DeviceLimits& limits, int64_t blocks, int64
   };
   geometry.block_parts = parts(blocks);
   geometry.token_parts = parts(tokens);
+  if (!use_split || std::max(geometry.block_parts, geometry.token_parts) <= 1) return false;
   geometry.chunk = round_up(std::max(blocks, tokens), 4);
   geometry.workspace = shape.rows * row_bytes(geometry.chunk, 0, geometry.kept);
-  return use_split && std::max(geometry.block_parts, geometry.token_parts) > 1 &&
-         geometry.workspace <= kSplitScores;
+  return geometry.workspace <= kSplitScores;
 }
 
 template <class Launch>

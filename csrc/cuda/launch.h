@@ -27,8 +27,8 @@ struct Geometry {
   int64_t block_parts, token_parts;  // if so: how many blocks, in either stage
 };
 
-// `budgeted`: a row's candidates are some of the keys, or one for each block, and may be collected;
-// no tensor [rows, keys] ever is.
+// `budgeted`: a row's candidates are one for each block, or the tokens of a budget that leaves some
+// out, so that collecting their scores makes no tensor [rows, keys].
 Geometry make_geometry(const Shape& shape, const DeviceLimits& limits, bool budgeted);
 std::string kernel_name(const Shape& shape);
 
