@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import usable_cuda
+
+pytestmark = [pytest.mark.gpu] if usable_cuda() else []  # where they run on one
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
