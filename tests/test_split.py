@@ -171,7 +171,11 @@ def test_which_calls_it_takes() -> None:
 
 def test_beside_a_kernel_that_holds_the_device() -> None:
     """Clusters wait for room; they do not hang (T14)."""
-    call = make_call(FP8, 4, 9000)
+    check_beside_a_busy_stream(make_call(FP8, 4, 9000))
+
+
+def check_beside_a_busy_stream(call: dict[str, Any]) -> None:
+    """Make a call while another stream's products hold the device."""
     want = hisa.index(**call)
     busy = torch.cuda.Stream()
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

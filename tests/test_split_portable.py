@@ -19,7 +19,7 @@ import hisa
 from tests.case import same_bytes
 from tests.families import CUDA_PORTABLE, CUDA_PORTABLE_MANY
 from tests.numeric import DTYPES, FP8, short_name
-from tests.test_split import SPOILED, make_call
+from tests.test_split import SPOILED, check_beside_a_busy_stream, make_call
 
 pytestmark = pytest.mark.gpu
 # Heads and channels of every instance, and some that fill none.
@@ -186,11 +186,4 @@ def test_beside_a_kernel_that_holds_the_device() -> None:
     """One launch waits for the other, on the stream of the call."""
     call = call_of(torch.bfloat16, 4, 9000, 64, 128)
     with CUDA_PORTABLE.active():
-        want = hisa.index(**call)
-        busy = torch.cuda.Stream()
-        matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        torch.cuda.synchronize()
-        for _ in range(20):
-            with torch.cuda.stream(busy):
-                matrix @ matrix
-            assert same_bytes(hisa.index(**call), want)
+        check_beside_a_busy_stream(call)

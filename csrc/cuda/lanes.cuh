@@ -1,5 +1,5 @@
 // A vector of up to 256 channels in a warp, in pieces of 128: four adjacent channels in each lane.
-// And from fp32 to the dtypes of keys and queries, and back.
+// And from fp32 to the dtypes of keys and queries, and back; and launches for each of these.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,27 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../params.h"
+
 namespace hisa::cuda {
+
+// Call `launch` with the type of elements, and return how it went; fp8 is not one of the floats.
+template <class Launch>
+cudaError_t launch_for_floats(ElementType type, Launch launch) {
+  switch (type) {
+    case ElementType::kFloat32: launch.template operator()<float>(); break;
+    case ElementType::kBFloat16: launch.template operator()<__nv_bfloat16>(); break;
+    case ElementType::kFloat16: launch.template operator()<__half>(); break;
+    case ElementType::kFloat8E4M3: return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+template <class Launch>
+cudaError_t launch_for_any(ElementType type, Launch launch) {
+  if (type != ElementType::kFloat8E4M3) return launch_for_floats(type, launch);
+  launch.template operator()<__nv_fp8_e4m3>();
+  return cudaGetLastError();
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

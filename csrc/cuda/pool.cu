@@ -42,13 +42,7 @@ void launch(const PoolParams& params, cudaStream_t stream) {
 
 cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream) {
   if (params.slots == 0) return cudaSuccess;
-  switch (params.keys.type) {
-    case ElementType::kFloat32: launch<float>(params, stream); break;
-    case ElementType::kBFloat16: launch<__nv_bfloat16>(params, stream); break;
-    case ElementType::kFloat16: launch<__half>(params, stream); break;
-    case ElementType::kFloat8E4M3: launch<__nv_fp8_e4m3>(params, stream); break;
-  }
-  return cudaGetLastError();
+  return launch_for_any(params.keys.type, [&]<class T> { launch<T>(params, stream); });
 }
 
 }  // namespace hisa::cuda

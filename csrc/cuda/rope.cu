@@ -226,13 +226,7 @@ void launch(const RopeParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_rope(const RopeParams& params, cudaStream_t stream) {
-  switch (params.type) {
-    case ElementType::kFloat32: launch<float>(params, stream); break;
-    case ElementType::kBFloat16: launch<__nv_bfloat16>(params, stream); break;
-    case ElementType::kFloat16: launch<__half>(params, stream); break;
-    case ElementType::kFloat8E4M3: return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  return launch_for_floats(params.type, [&]<class T> { launch<T>(params, stream); });
 }
 
 }  // namespace hisa::cuda
