@@ -329,6 +329,8 @@ CUDA_MUTANTS = [
            "number(i) % 2 * 8", "0 * number(i)"),
     Mutant("hopper: the last block is not forced", "cuda/sm90/select.cuh",
            "blocks[i] = row.last;", "blocks[i] = row.first;"),
+    Mutant("hopper: scales of the next tile", "cuda/sm90/score.cuh",
+           "    ptx::fence_async();\n", "", tests=("tests/test_cuda_hopper.py",)),
     Mutant("hopper: heads of a pair's second row", "cuda/sm90/score.cuh",
            "queries_ + first * C::kHeads * C::kPitch", "queries_"),
     Mutant("hopper: ties of the bar", "cuda/sm90/candidates.cuh",

@@ -45,9 +45,4 @@ __device__ __forceinline__ void copy_to_peer(uint32_t rank, const void* data, ui
       : "memory");
 }
 
-// What threads wrote to shared memory before is seen by bulk copies and products after.
-__device__ __forceinline__ void fence_async_reads() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 }  // namespace hisa::cuda::ptx

@@ -60,6 +60,12 @@ struct Barrier {
   }
 };
 
+// Between what this thread read and wrote in shared memory before, and what the copy engine and
+// products ("the async proxy") read and write there after.
+__device__ __forceinline__ void fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // What was initialised is seen by bulk copies.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

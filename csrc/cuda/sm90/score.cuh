@@ -144,6 +144,13 @@ class Scorer {
     own.scale[i] = scale_shift + key / boxes.keys * boxes.pitch + key % boxes.keys;
   }
 
+  // NOTE: threads read the scales, the copy engine writes the next ones there, and only a fence
+  // keeps the two in order. Without it now and then a key had the scale of one six tiles later.
+  __device__ __forceinline__ void release(uint32_t stage) {
+    ptx::fence_async();
+    memory_.shared.tile_empty[stage].arrive();
+  }
+
   __device__ void next() {
     tile_ += C::kScorers;
     stage_ += C::kScorers;
@@ -180,7 +187,7 @@ class Scorer {
     const auto key = static_cast<int32_t>(position(tile_ - group_tile_));
     load_scales(own, stage_, 0, scale);
     ptx::wait_for_products<0>();
-    memory_.shared.tile_empty[stage_].arrive();
+    release(stage_);
     next();
     add_up<kMarked>(dots, scale, key, own);
   }
@@ -211,7 +218,7 @@ class Scorer {
       } else {
         ptx::wait_for_products<0>();
       }
-      if (number + 1 == C::kParts) shared.tile_empty[stage].arrive();
+      if (number + 1 == C::kParts) release(stage);
       add_up<kMarked>(dots[i % 2], scale, key, own);
     }
   }

@@ -34,7 +34,7 @@ class SplitScorer {
     row_ = row;
     prepare_weights();
     ptx::wait_for_copies<0>();
-    ptx::fence_async_reads();
+    ptx::fence_async();
     list_blocks();
     // One after the other by the same instructions, which take as long to come as keys do.
 #pragma unroll 1
@@ -202,7 +202,7 @@ class SplitScorer {
 #pragma unroll 1
     for (uint32_t first = part.begin; first < part.end; first += C::kScorers) {
       ptx::wait_for_copies<C::kStages - 2>();
-      ptx::fence_async_reads();
+      ptx::fence_async();
       ptx::sync_warpgroup(scorer);  // the tile is there, and the one before is done with
       const uint32_t tile = first + scorer;
       if (tile >= part.end) continue;
@@ -238,7 +238,7 @@ class SplitScorer {
     const uint32_t receivers = stage == kBlocks ? params_.peers : 1;
     const bool sends = lane < receivers && lane != rank_;
     ScoreRange* ranges = shared.ranges[stage];
-    ptx::fence_async_reads();
+    ptx::fence_async();
     __syncthreads();
     begin_selection(shared, memory_.chosen());
     if (threadIdx.x / 32 == 0) {
@@ -247,7 +247,7 @@ class SplitScorer {
                                               (params_.peers - 1) * sizeof(ScoreRange));
       const ScoreRange own = merge(shared.range[lane % kSplitWarps]);
       if (lane == 0) ranges[rank_] = own;
-      ptx::fence_async_reads();
+      ptx::fence_async();
       __syncwarp();
       if (sends) ptx::copy_to_peer(lane, ranges + rank_, sizeof(ScoreRange), memory_.full(stage));
     } else if (threadIdx.x / 32 == 1 && sends && size > 0) {

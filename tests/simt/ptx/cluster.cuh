@@ -23,6 +23,5 @@ inline void copy_to_peer(uint32_t rank, const void* data, uint32_t bytes, Barrie
     block.complete_if(phases);
   });
 }
-inline void fence_async_reads() {}
 
 }  // namespace hisa::cuda::ptx

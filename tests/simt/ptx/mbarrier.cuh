@@ -36,6 +36,7 @@ struct Barrier {
   }
 };
 
+inline void fence_async() {}
 inline void fence_barrier_init() {}
 
 }  // namespace hisa::cuda::ptx
