@@ -69,12 +69,22 @@ struct SharedArray {
   }
   __device__ __forceinline__ void skip(uint32_t n) { address += n * 4; }
   __device__ __forceinline__ T load(uint32_t i) const { return ptx::load<T>(address + i * 4); }
-  // Write the first one and skip it, unless `wanted` is 0, without a branch.
-  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
+  // Write those of x whose bits are set, one behind the other, without a branch. All addresses come
+  // first: the register of one cannot change until its store has read it.
+  __device__ __forceinline__ void push_4(uint32_t wanted, const T (&x)[4]) const {
     asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.b32 [%0], %1; @p add.u32 %0, %0, 4; }"
-        : "+r"(address)
-        : "r"(std::bit_cast<uint32_t>(x)), "r"(wanted)
+        "{ .reg .pred p0, p1, p2, p3; .reg .u32 bit, size, a1, a2, a3; "
+        "and.b32 bit, %1, 1; setp.ne.u32 p0, bit, 0; selp.u32 size, 4, 0, p0; add.u32 a1, %0, "
+        "size; "
+        "and.b32 bit, %1, 2; setp.ne.u32 p1, bit, 0; selp.u32 size, 4, 0, p1; add.u32 a2, a1, "
+        "size; "
+        "and.b32 bit, %1, 4; setp.ne.u32 p2, bit, 0; selp.u32 size, 4, 0, p2; add.u32 a3, a2, "
+        "size; "
+        "and.b32 bit, %1, 8; setp.ne.u32 p3, bit, 0; "
+        "@p0 st.shared.b32 [%0], %2; @p1 st.shared.b32 [a1], %3; "
+        "@p2 st.shared.b32 [a2], %4; @p3 st.shared.b32 [a3], %5; }" ::"r"(address),
+        "r"(wanted), "r"(std::bit_cast<uint32_t>(x[0])), "r"(std::bit_cast<uint32_t>(x[1])),
+        "r"(std::bit_cast<uint32_t>(x[2])), "r"(std::bit_cast<uint32_t>(x[3]))
         : "memory");
   }
 };

@@ -237,8 +237,10 @@ struct AnyArray {
     for (int j = 0; j < 4; ++j) x[j] = data[i + j];
   }
   __device__ __forceinline__ void skip(uint32_t n) { data += n; }
-  __device__ __forceinline__ void push_if(uint32_t wanted, T x) {
-    if (wanted != 0) *data++ = x;
+  __device__ __forceinline__ void push_4(uint32_t wanted, const T (&x)[4]) const {
+    T* to = data;
+    for (int j = 0; j < 4; ++j)
+      if ((wanted & 1U << j) != 0) *to++ = x[j];
   }
 };
 

@@ -37,19 +37,24 @@ __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, f
   const Stored stored(AnyArray<float>(scores), n);
   const uint32_t found = all.pass(counts, find_cut(counts, all, stored, n, stage.count, 0, passed));
   sync_selectors();
+  if (stage.scores != nullptr) {
+    all.for_slabs(counts, Nothing{},
+                  [&](int, uint32_t, const float (&score)[4], uint32_t bits, uint32_t first) {
+                    AnyArray<float>(stage.scores + first).push_4(bits, score);
+                  });
+    sync_selectors();
+  }
   // First their numbers, in place of the scores, so that adjacent threads write adjacent values.
   auto* chosen = reinterpret_cast<int32_t*>(scores);
-  const auto write = [&](int, uint32_t at, const float (&score)[4], uint32_t bits, uint32_t first) {
-    typename Scores::template Array<int32_t> to(chosen);
-    to.skip(first);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to.push_if(bits & 1U << j, static_cast<int32_t>(at) + j);
-    if (stage.scores == nullptr) return;
-    AnyArray<float> to_scores(stage.scores + first);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to_scores.push_if(bits & 1U << j, score[j]);
-  };
-  all.for_slabs(counts, Nothing{}, write);
+  const typename Scores::template Array<int32_t> numbers(chosen);
+  all.for_slabs(counts, Nothing{},
+                [&](int, uint32_t at, const float (&)[4], uint32_t bits, uint32_t first) {
+                  const auto i = static_cast<int32_t>(at);
+                  const int32_t four[4] = {i, i + 1, i + 2, i + 3};
+                  auto to = numbers;
+                  to.skip(first);
+                  to.push_4(bits, four);
+                });
   sync_selectors();
   write_values(stage, chosen, positions, found);
   sync_selectors();
@@ -91,11 +96,8 @@ __device__ __forceinline__ void cut_buffer(Counts& counts, RowBuffer& buffer, ui
     Positions to_positions = positions;
     to_scores.skip(first);
     to_positions.skip(first);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      to_scores.push_if(bits & 1U << j, score[j]);
-      to_positions.push_if(bits & 1U << j, position[i][j]);
-    }
+    to_scores.push_4(bits, score);
+    to_positions.push_4(bits, position[i]);
   };
   all.for_slabs(counts, load, move);
   if (selector() == 0) {

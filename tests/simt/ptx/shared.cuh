@@ -38,8 +38,10 @@ struct SharedArray {
   T load(uint32_t i) const { return data[i]; }
   void load_4(uint32_t i, T (&x)[4]) const { std::memcpy(x, data + i, sizeof x); }
   void skip(uint32_t n) { data += n; }
-  void push_if(uint32_t wanted, T x) {
-    if (wanted != 0) *data++ = x;
+  void push_4(uint32_t wanted, const T (&x)[4]) const {
+    T* to = data;
+    for (int j = 0; j < 4; ++j)
+      if ((wanted >> j & 1) != 0) *to++ = x[j];
   }
 };
 inline void add(uint32_t address, uint32_t x) {
