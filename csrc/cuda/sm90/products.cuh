@@ -55,21 +55,30 @@ __device__ __forceinline__ void fold(float* values) {
   }
 }
 
-// relu() takes an instruction of half the rate, as the maximum with 0. One of full rate rounds to
-// [0, 1], and takes NaN to 0 too. So it may be made from a dot product times 2^-25, which is below
-// 1 for fp8, and weights that have been multiplied by 2^25: the same bits, unless some weight is
-// above kMostWeight.
+// relu() as the maximum with 0 is an instruction of half the rate, on another pipe than
+// multiply-adds. One of theirs, of full rate, rounds a product to [0, 1], and takes NaN to 0 too:
+// so for fp8, whose dot products are below 2^25, it makes relu() times 2^-25, and weights times
+// 2^25 give the same bits, unless some weight is above kMostWeight. Both pipes together are the
+// fastest: even heads are rounded, odd ones take the maximum.
 inline constexpr float kUp = 0x1p25F;
 inline constexpr float kMostWeight = 0x1p100F;
 
+// Multiply those of even heads, which come first of each two.
+template <int kWeights>
+__device__ __forceinline__ void raise(float (&weights)[kWeights]) {
+#pragma unroll
+  for (int i = 0; i < kWeights; i += 2) weights[i] *= kUp;
+}
+
 // For a lane's keys g and g + 8 (as above, lane / 4) the sum over the lane's heads of each row, in
-// values 2 * row and 2 * row + 1. `up`: weights are times kUp.
+// values 2 * row and 2 * row + 1. `raised`: see raise().
 template <int kHeads, int kRows, int kWeights>
 __device__ __forceinline__ void weigh(const float (&weights)[kWeights],
                                       const float (&dots)[kRows * kHeads / 2],
-                                      float (&sums)[2 * kRows], bool up) {
+                                      float (&sums)[2 * kRows], bool raised) {
   constexpr int kRowPairs = kHeads / 8;
-  const auto weigh_by = [&](auto relu) {
+  const auto relu = [](float dot) { return fmaxf(dot, 0.0F); };
+  const auto weigh_by = [&](auto relu_even) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float even[2] = {};
@@ -78,17 +87,17 @@ __device__ __forceinline__ void weigh(const float (&weights)[kWeights],
       for (int i = row * kRowPairs; i < (row + 1) * kRowPairs; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          even[k] = fmaf(weights[2 * i], relu(dots[4 * i + 2 * k]), even[k]);
+          even[k] = fmaf(weights[2 * i], relu_even(dots[4 * i + 2 * k]), even[k]);
           odd[k] = fmaf(weights[2 * i + 1], relu(dots[4 * i + 2 * k + 1]), odd[k]);
         }
 #pragma unroll
       for (int k = 0; k < 2; ++k) sums[2 * row + k] = even[k] + odd[k];
     }
   };
-  if (up)
+  if (raised)
     weigh_by([](float dot) { return __saturatef(dot * (1.0F / kUp)); });
   else
-    weigh_by([](float dot) { return fmaxf(dot, 0.0F); });
+    weigh_by(relu);
 }
 
 }  // namespace hisa::cuda::sm90

@@ -122,14 +122,14 @@ class Scorer {
   __device__ __forceinline__ void load_weights(const Group<C>& group, int first) {
     const int c = static_cast<int>(threadIdx.x % 4);
     const auto* pairs = reinterpret_cast<const float2*>(group.weights + first * C::kHeads);
-    huge_ = __shfl_sync(~0U, group.huge, 0);
-    const float up = kIsWide<kRows> && !huge_ ? kUp : 1.0F;
 #pragma unroll
     for (int i = 0; i < kRows * kRowPairs; ++i) {
       const float2 pair = pairs[4 * i + c];
-      weights_[2 * i] = pair.x * up;
-      weights_[2 * i + 1] = pair.y * up;
+      weights_[2 * i] = pair.x;
+      weights_[2 * i + 1] = pair.y;
     }
+    huge_ = __shfl_sync(~0U, group.huge, 0);
+    if (kIsWide<kRows> && !huge_) raise(weights_);
   }
 
   // Of a row whose scores from position `skipped` on are wanted.

@@ -71,10 +71,8 @@ class SplitScorer {
     bool huge = false;
 #pragma unroll
     for (const float weight : weights_) huge = huge || !(fabsf(weight) <= kMostWeight);
-    up_ = C::kType == ElementType::kFloat8E4M3 && !__any_sync(~0U, huge);
-    if (!up_) return;
-#pragma unroll
-    for (float& weight : weights_) weight *= kUp;
+    raised_ = C::kType == ElementType::kFloat8E4M3 && !__any_sync(~0U, huge);
+    if (raised_) raise(weights_);
   }
 
   __device__ int32_t first_token(uint32_t block) const {
@@ -214,7 +212,7 @@ class SplitScorer {
       ptx::wait_for_products<0>();
       ptx::pin(dots);
       float sums[2];
-      weigh<C::kHeads, 1>(weights_, dots, sums, up_);
+      weigh<C::kHeads, 1>(weights_, dots, sums, raised_);
       fold<2, 2>(sums);
       fold<1, 1>(sums);
       const float score = sums[0] * of_key;
@@ -269,7 +267,7 @@ class SplitScorer {
   const uint32_t rank_;
   SplitRow row_;
   float weights_[C::kHeads / 4];  // of the lane's heads, see weigh()
-  bool up_;
+  bool raised_;
 };
 
 template <class C>
