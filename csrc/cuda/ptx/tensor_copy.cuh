@@ -38,4 +38,13 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& tensor, Ba
       : "memory");
 }
 
+// True for one lane of the warp, of which the compiler then knows that it is alone. All lanes call
+// it.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected != 0;
+}
+
 }  // namespace hisa::cuda::ptx

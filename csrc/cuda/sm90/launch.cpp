@@ -65,7 +65,7 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
            fits(2, least, chunk, true, std::min(round_up(2 * count + chunk, 4), most));
   };
   const auto choose = [&] {
-    const int64_t whole = round_up(candidates, tile);
+    const int64_t whole = round_up(candidates, tile * needs.span);
     const int enough = std::max(kEnoughStages, needs.stages);
     // Four chunks, so that each warp can have a row, or two.
     plan.chunks = kMaxChunks;

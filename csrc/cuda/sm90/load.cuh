@@ -84,7 +84,8 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
       group.m = m;
       group.huge = huge;
       group.size = scored ? end - base : 0;
-      group.tiles = (group.size + C::kTile - 1) / C::kTile;
+      constexpr uint32_t kKeys = C::kSpan * C::kTile;
+      group.tiles = (group.size + kKeys - 1) / kKeys * C::kSpan;
       group.base = base;
       const uint32_t first =
           params.work == Work::kRefine ? static_cast<uint32_t>(group.rows[0].first) : base;
@@ -116,6 +117,51 @@ __device__ __forceinline__ int32_t find_page(const PageMap& map, int32_t key) {
   if (sequence >= map.sequences || page >= map.width) return map.pages;
   const int32_t id = map.ids[sequence * map.stride + page];
   return id < 0 ? map.pages : id;
+}
+
+// Copy every kCopiers-th tile, each of them a single box. All lanes know the same, and the compiler
+// knows that they do, so that there is little to be done for a tile.
+template <class C>
+__device__ void copy_boxes(const Params& params, const Memory<C>& memory, uint32_t copier) {
+  static_assert(C::kPanels == 1);
+  Shared<C>& shared = memory.shared;
+  const bool scaled = params.scored.scale != nullptr;
+  const uint32_t bytes = Memory<C>::kTileBytes + (scaled ? C::kBoxes.scales * 4 : 0);
+  const auto outside = static_cast<int32_t>(params.scored.count);  // a box of zeros
+  uint32_t stage = copier;
+  uint32_t phase = 1;
+  uint32_t tile = copier;  // of the group
+  Turn turn{params.groups};
+  for (int64_t g = last_group<C>(params); g >= 0; g -= gridDim.x, turn.next()) {
+    shared.group_full[turn.buffer].wait(turn.phase);
+    const Group<C>& group = shared.groups[turn.buffer];
+    const uint32_t tiles = __shfl_sync(~0U, group.tiles, 0);
+    const uint32_t size = __shfl_sync(~0U, group.size, 0);
+    const uint32_t base = __shfl_sync(~0U, group.base, 0);
+    for (; tile < tiles; tile += C::kCopiers) {
+      int32_t key = outside;
+      if constexpr (C::kPairs)
+        key = __shfl_sync(~0U, group.pair.tiles[tile].first, 0);
+      else if (tile * C::kTile < size)
+        key = static_cast<int32_t>(base + tile * C::kTile);
+      shared.tile_empty[stage].wait(phase);
+      ptx::Barrier& full = shared.tile_full[stage];
+      full.arrive_and_expect(bytes);
+      if (ptx::elect()) {
+        ptx::copy_box(memory.keys + stage * Memory<C>::kTileBytes, params.keys, full, 0, key);
+        if (scaled)
+          ptx::copy_box(memory.scale + stage * C::kBoxes.tile, params.scale, full,
+                        static_cast<int32_t>((key + params.scale_offset) & ~3U));
+      }
+      stage += C::kCopiers;
+      if (stage >= C::kStageStep) {
+        stage -= C::kStageStep;
+        phase ^= 1U;
+      }
+    }
+    tile -= tiles;
+    shared.group_empty[turn.buffer].arrive();
+  }
 }
 
 // Copy every kCopiers-th tile, in boxes: of the row's blocks, or the whole of it.

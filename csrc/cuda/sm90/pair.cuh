@@ -19,13 +19,17 @@ __device__ void pair_blocks(const Params& params, Group<C>& group) {
   int32_t mine[2][kLists];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    kept[row] = group.rows[row].scored ? group.rows[row].kept : 0;
+    const uint32_t listed = group.rows[row].kept;
+    kept[row] = group.rows[row].scored ? listed : 0;
     const int32_t* blocks = params.kept + (group.m + row) * params.rows.kept;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
       const uint32_t slot = i * 32 + lane;
-      mine[row][i] = slot < kept[row] ? blocks[slot] : -1 - row;  // of no other row
+      const int32_t block = slot < listed ? blocks[slot] : -1;
+      group.pair.blocks[row][slot] = block;
+      mine[row][i] = slot < kept[row] ? block : -1 - row;  // of no other row
     }
+    if (lane == 0) group.rows[row].stage.source.blocks = group.pair.blocks[row];
   }
   // Which of the second row's blocks a lane's own ones are, and which of them are anyone's.
   int32_t same[kLists];
@@ -44,24 +48,32 @@ __device__ void pair_blocks(const Params& params, Group<C>& group) {
       common[i] |= __ballot_sync(~0U, found) != 0 ? 1U << j : 0U;
     }
 
-  uint32_t ends[3] = {0, kept[0], kept[0] + kept[1]};  // blocks, of each kind and those before
-#pragma unroll
-  for (int i = 0; i < kLists; ++i) ends[0] += static_cast<uint32_t>(__popc(common[i]));
-  ends[2] -= ends[0];
   Pair& pair = group.pair;
   const int shift = params.rows.block_shift;
   const int tiles = shift - std::countr_zero(static_cast<uint32_t>(C::kTile));  // of a block, log2
-  uint32_t next[3] = {0, ends[0], ends[1]};
+  uint32_t blocks[3] = {0, kept[0], kept[1]};  // of each kind
+#pragma unroll
+  for (int i = 0; i < kLists; ++i) blocks[0] += static_cast<uint32_t>(__popc(common[i]));
+  blocks[1] -= blocks[0], blocks[2] -= blocks[0];
+  uint32_t next[3];  // tile of each kind
+  uint32_t end = 0;
+#pragma unroll
+  for (int kind = 0; kind < 3; ++kind) {
+    next[kind] = end;
+    end += ((blocks[kind] << tiles) + C::kSpan - 1) / C::kSpan * C::kSpan;
+    if (lane == 0) pair.ends[kind] = end;
+  }
   const auto add = [&](bool wanted, int kind, int32_t first, int32_t slot0, int32_t slot1) {
     const uint32_t wanting = __ballot_sync(~0U, wanted);
-    const uint32_t at = next[kind] + static_cast<uint32_t>(__popc(wanting & before));
+    const auto number = static_cast<uint32_t>(__popc(wanting));
+    const uint32_t at = next[kind] + (static_cast<uint32_t>(__popc(wanting & before)) << tiles);
     for (int tile = 0; wanted && tile < 1 << tiles; ++tile) {
       const int32_t inside = tile * C::kTile;
-      pair.tiles[(at << tiles) + tile] = {first + inside,
-                                          {static_cast<uint16_t>((slot0 << shift) + inside),
-                                           static_cast<uint16_t>((slot1 << shift) + inside)}};
+      pair.tiles[at + tile] = {first + inside,
+                               {static_cast<uint16_t>((slot0 << shift) + inside),
+                                static_cast<uint16_t>((slot1 << shift) + inside)}};
     }
-    next[kind] += static_cast<uint32_t>(__popc(wanting));
+    next[kind] += number << tiles;
   };
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
@@ -70,11 +82,17 @@ __device__ void pair_blocks(const Params& params, Group<C>& group) {
     add(same[i] < 0 && mine[0][i] >= 0, 1, mine[0][i], slot, 0);
     add((common[i] >> lane & 1) == 0 && mine[1][i] >= 0, 2, mine[1][i], 0, slot);
   }
-  if (lane < 3) pair.ends[lane] = (lane == 0 ? ends[0] : lane == 1 ? ends[1] : ends[2]) << tiles;
   if (lane < 2)
     pair.scale_shift[lane] =
         (static_cast<uint32_t>(group.rows[lane].first) + params.scale_offset) & 3U;
-  if (lane == 0) group.tiles = ends[2] << tiles;
+  __syncwarp();
+  // Where a span lacks a tile, its last one is scored again: the same scores, to the same places.
+  if (lane == 0) {
+    group.tiles = end;
+#pragma unroll
+    for (int kind = 0; kind < 3; ++kind)
+      if (next[kind] < pair.ends[kind]) pair.tiles[next[kind]] = pair.tiles[next[kind] - 1];
+  }
   __syncwarp();
 }
 

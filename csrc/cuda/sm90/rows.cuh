@@ -24,6 +24,15 @@ __device__ __forceinline__ void run_selector(const Params& params, const Memory<
 }
 
 template <class C>
+__device__ __forceinline__ void run_copier(const Params& params, const Memory<C>& memory,
+                                           uint32_t copier) {
+  if constexpr (C::kSpan == 2)
+    copy_boxes<C>(params, memory, copier);
+  else
+    copy_tiles<C>(params, memory, copier);
+}
+
+template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char start[];
@@ -43,9 +52,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) kernel(const __grid_constant__
     run_selector<C>(params, memory);
   } else if (warpgroup == 1) {
     ptx::set_registers<C::kStartRegisters, C::kLoadRegisters>();
-    const uint32_t warp = threadIdx.x / 32 % 4;
+    const uint32_t warp = __shfl_sync(~0U, threadIdx.x / 32 % 4, 0);  // the compiler knows, too
     if (warp < C::kCopiers)
-      copy_tiles<C>(params, memory, warp);
+      run_copier<C>(params, memory, warp);
     else if (warp - C::kCopiers < C::kLoaders)
       load_groups<C>(params, memory, warp - C::kCopiers);
   } else {
@@ -106,7 +115,7 @@ cudaError_t launch_kernel(const Params& params, const Plan& plan, cudaStream_t s
 template <ElementType kType>
 Needs find_needs(int64_t heads, int64_t dim, Work work) {
   return with_config<kType>(heads, dim, work, []<class C>(C) {
-    return Needs{sizeof(Shared<C>), C::kLeastStages, C::kStageStep};
+    return Needs{sizeof(Shared<C>), C::kLeastStages, C::kStageStep, C::kSpan};
   });
 }
 

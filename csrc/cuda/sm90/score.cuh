@@ -22,7 +22,7 @@ struct Own {
 
   uint32_t out[kOwn];  // where the score goes, for a product whose first key is at position 0
   int32_t least[kOwn];  // that position, where the score is wanted
-  uint32_t scale[kOwn];  // where the key's scale is in a tile
+  uint32_t scale[kOwn];  // where the key's scale is: in a tile; or the address, in a span's first
   float bar[kOwn];  // of the row: what does not pass it is not wanted
   uint32_t marks;  // where the warp's marks go, likewise
 
@@ -45,8 +45,8 @@ class Scorer {
         memory_(memory),
         // The same in all lanes, and the compiler knows.
         scorer_(__shfl_sync(~0U, threadIdx.x / 128, 0) - 2),
-        tile_(scorer_),
-        stage_(scorer_),
+        tile_(scorer_ * C::kSpan),
+        stage_(scorer_ * C::kSpan),
         chunk_turn_{params.chunks},
         keys_(ptx::shared_address(memory.keys)) {}
 
@@ -142,6 +142,8 @@ class Scorer {
     own.out[i] = ptx::shared_address(memory_.chunk(chunk_turn_.buffer, row, params_.rows.chunk)) -
                  static_cast<uint32_t>(own.least[i]) * 4;
     own.scale[i] = scale_shift + key / boxes.keys * boxes.pitch + key % boxes.keys;
+    if constexpr (C::kSpan == 2)
+      own.scale[i] = ptx::shared_address(memory_.scale + stage_ * C::kBoxes.tile + own.scale[i]);
   }
 
   // NOTE: threads read the scales, the copy engine writes the next ones there, and only a fence
@@ -151,13 +153,22 @@ class Scorer {
     memory_.shared.tile_empty[stage].arrive();
   }
 
-  __device__ void next() {
-    tile_ += C::kScorers;
-    stage_ += C::kScorers;
-    if (stage_ >= static_cast<uint32_t>(params_.stages)) {
-      stage_ -= params_.stages;
+  // Go on to the scorer's next span.
+  __device__ __forceinline__ void next() {
+    tile_ += C::kSpan * C::kScorers;
+    if constexpr (C::kSpan == 2) {
       phase_ ^= 1U;
+    } else {
+      stage_ += C::kScorers;
+      if (stage_ >= static_cast<uint32_t>(params_.stages)) {
+        stage_ -= params_.stages;
+        phase_ ^= 1U;
+      }
     }
+  }
+  // That of a tile of the span at hand.
+  __device__ __forceinline__ uint32_t stage(int tile) const {
+    return C::kSpan == 2 ? stage_ + tile : stage_;
   }
 
   // The group's tiles before `end`, of which `position` tells that of the first key.
@@ -166,30 +177,39 @@ class Scorer {
                                               Position position) {
     const auto left = [&] { return static_cast<int32_t>(group_tile_ + end - tile_); };
     if constexpr (kIsWide<kRows>) {
-      while (left() > 0) score_tile<kMarked>(own, queries, position);
+      if (huge_)
+        while (left() > 0) score_span<kMarked, false>(own, queries, position);
+      else
+        while (left() > 0) score_span<kMarked, true>(own, queries, position);
     } else {
-      while (left() > (C::kRun - 1) * C::kScorers)
+      while (left() > (C::kRun - C::kSpan) * C::kScorers)
         score_run<C::kRun, kMarked>(own, queries, position);
-      if constexpr (C::kRun > 1)
-        while (left() > 0) score_run<1, kMarked>(own, queries, position);
+      if constexpr (C::kRun > C::kSpan)
+        while (left() > 0) score_run<C::kSpan, kMarked>(own, queries, position);
     }
   }
 
-  // One tile, a single product. While it is added up, other scorers multiply.
-  template <bool kMarked, int kRows, class Position>
-  __device__ __forceinline__ void score_tile(const Own<kRows>& own, uint32_t queries,
+  // A span of tiles, each a single product. While it is added up, other scorers multiply.
+  template <bool kMarked, bool kRaised, int kRows, class Position>
+  __device__ __forceinline__ void score_span(const Own<kRows>& own, uint32_t queries,
                                              Position position) {
-    static_assert(C::kParts == 1);
-    float dots[kRows * C::kHeads / 2];
-    float scale[Own<kRows>::kOwn];
-    memory_.shared.tile_full[stage_].wait(phase_);
-    multiply<C>(dots, part(stage_, 0), queries);
-    const auto key = static_cast<int32_t>(position(tile_ - group_tile_));
-    load_scales(own, stage_, 0, scale);
-    ptx::wait_for_products<0>();
-    release(stage_);
+    static_assert(C::kParts == 1 && C::kSpan == 2);
+    Shared<C>& shared = memory_.shared;
+    const uint32_t first = tile_ - group_tile_;
+#pragma unroll
+    for (int tile = 0; tile < C::kSpan; ++tile) {
+      const uint32_t at = stage(tile);
+      float dots[kRows * C::kHeads / 2];
+      float scale[Own<kRows>::kOwn];
+      shared.tile_full[at].wait(phase_);
+      multiply<C>(dots, part(at, 0), queries);
+      const auto key = static_cast<int32_t>(position(first + tile));
+      load_scales(own, tile, 0, scale);
+      ptx::wait_for_products<0>();
+      release(at);
+      add_up<kMarked, kRaised>(dots, scale, key, own);
+    }
     next();
-    add_up<kMarked>(dots, scale, key, own);
   }
 
   // kTiles tiles. While one product is added up, the next one is under way.
@@ -197,40 +217,46 @@ class Scorer {
   __device__ __forceinline__ void score_run(const Own<kRows>& own, uint32_t queries,
                                             Position position) {
     constexpr int kProducts = kTiles * C::kParts;
+    constexpr int kStep = C::kSpan == 2 ? 1 : C::kScorers;  // from a tile of the run to the next
     Shared<C>& shared = memory_.shared;
     float dots[2][kRows * C::kHeads / 2];
     const uint32_t first = tile_ - group_tile_;
-    shared.tile_full[stage_].wait(phase_);
-    multiply<C>(dots[0], part(stage_, 0), queries);
+    shared.tile_full[stage(0)].wait(phase_);
+    multiply<C>(dots[0], part(stage(0), 0), queries);
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
       const int tile = i / C::kParts;
       const int number = i % C::kParts;
-      const uint32_t stage = stage_;
-      const auto key = static_cast<int32_t>(position(first + tile * C::kScorers) + number * 64);
+      const bool last = number + 1 == C::kParts;  // of the tile
+      const uint32_t at = stage(tile);
+      const auto key = static_cast<int32_t>(position(first + tile * kStep) + number * 64);
       float scale[Own<kRows>::kOwn];
-      load_scales(own, stage, number, scale);
-      if (number + 1 == C::kParts) next();
+      load_scales(own, tile, number, scale);
+      if (last && (C::kSpan == 1 || tile + 1 == kTiles)) next();
       if (i + 1 < kProducts) {
-        if (number + 1 == C::kParts) shared.tile_full[stage_].wait(phase_);
-        multiply<C>(dots[(i + 1) % 2], part(stage_, (i + 1) % C::kParts), queries);
+        const uint32_t following = last ? stage(tile + 1) : at;
+        if (last) shared.tile_full[following].wait(phase_);
+        multiply<C>(dots[(i + 1) % 2], part(following, (i + 1) % C::kParts), queries);
         ptx::wait_for_products<1>();
       } else {
         ptx::wait_for_products<0>();
       }
-      if (number + 1 == C::kParts) release(stage);
-      add_up<kMarked>(dots[i % 2], scale, key, own);
+      if (last) release(at);
+      add_up<kMarked, false>(dots[i % 2], scale, key, own);
     }
   }
 
-  // Of the keys of a product, whose scores the lane stores.
+  // Of the keys of a product of a tile of a run, whose scores the lane stores.
   template <int kRows>
-  __device__ void load_scales(const Own<kRows>& own, uint32_t stage, int number,
+  __device__ void load_scales(const Own<kRows>& own, int tile, int number,
                               float (&scale)[Own<kRows>::kOwn]) const {
 #pragma unroll
     for (int i = 0; i < Own<kRows>::kOwn; ++i)
-      scale[i] =
-          memory_.scale[stage * params_.boxes.tile + number * params_.boxes.half + own.scale[i]];
+      if constexpr (C::kSpan == 2)
+        scale[i] = ptx::load<float>(own.scale[i] + tile * C::kBoxes.tile * 4);
+      else
+        scale[i] =
+            memory_.scale[stage_ * params_.boxes.tile + number * params_.boxes.half + own.scale[i]];
   }
 
   __device__ uint32_t part(uint32_t stage, int number) const {
@@ -238,14 +264,14 @@ class Scorer {
   }
 
   // Scores of 64 keys, from their dot products; the first key's position.
-  template <bool kMarked, int kRows>
+  template <bool kMarked, bool kRaised, int kRows>
   __device__ __forceinline__ void add_up(float (&dots)[kRows * C::kHeads / 2],
                                          const float (&scale)[Own<kRows>::kOwn], int32_t position,
                                          const Own<kRows>& own) const {
     constexpr int kSums = Own<kRows>::kSums;
     ptx::pin(dots);
     float sums[kSums];
-    weigh<C::kHeads, kRows>(weights_, dots, sums, kIsWide<kRows> && !huge_);
+    weigh<C::kHeads, kRows>(weights_, dots, sums, kRaised);
     fold<kSums, 2>(sums);
     fold<(kSums + 1) / 2, 1>(sums);
 #pragma unroll

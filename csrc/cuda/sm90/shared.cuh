@@ -41,18 +41,26 @@ struct Config {
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kCopiers = 2;  // warps, of the warpgroup that loads
   static constexpr int kLoaders = 2;
-  // Products of a tile, of 64 keys each; tiles of a run, which a scorer goes through without a
-  // stop. Fewer, where there are few registers.
+  // Products of a tile, of 64 keys each.
   static constexpr int kParts = kTile / 64;
-  static constexpr int kRun = (kColumns > 64 && !kWide ? 2 : 4) / kParts;
+  // Adjacent tiles that a scorer takes at a time; a group has a multiple of them. Where it is two,
+  // there are as many stages as scorers take together: a scorer finds its tiles in the same two
+  // always, and addresses and phases cost it next to nothing. Not with two products for each tile,
+  // where constant addresses do not fit into its registers.
+  static constexpr int kSpan = kScorers == 3 && kParts == 1 ? 2 : 1;
+  // Tiles of a run, which a scorer goes through without a stop. Fewer, where there are few
+  // registers.
+  static constexpr int kRun = kSpan == 2 ? 2 : (kColumns > 64 ? 2 : 4) / kParts;
   // NOTE: a barrier tells only whether a phase is the one at hand or the one before. So each stage
   // has one copier and one scorer, who know by themselves that its last phase is over.
-  static constexpr int kStageStep = std::lcm(kCopiers, kScorers);
+  static constexpr int kStageStep = std::lcm(kCopiers, kSpan* kScorers);
   // In a run, a scorer holds on to a tile until its next one is there.
-  static constexpr int kHeld = kRun > 1 ? kScorers + 1 : kScorers;
+  static constexpr int kHeld = kSpan == 1 && kRun > 1 ? kScorers + 1 : kScorers;
   static constexpr int kGroups = kPairs ? 2 : kMaxGroups;  // at hand, at most
   static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
   static_assert(kLeastStages <= kMaxStages);
+  static_assert(kSpan == 1 || kMaxStages < 2 * kStageStep);
+  static constexpr Boxes kBoxes = make_boxes(0, kTile);  // of each tile, with kSpan 2
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = kPairs && !kWide ? 48 : 40;
   static constexpr int kSelectRegisters = (kScorers < 3 ? 160 : kWide ? 144 : 168) - kLoadRegisters;
@@ -89,6 +97,7 @@ struct Pair {
   uint32_t ends[3];  // tiles up to the end of each kind
   uint32_t scale_shift[2];  // see Group
   Tile tiles[2 * kPairTiles];
+  int32_t blocks[2][kPairBlocks];  // first tokens of those that each row keeps
 };
 struct NoPair {};
 

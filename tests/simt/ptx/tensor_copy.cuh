@@ -5,6 +5,8 @@
 
 namespace hisa::cuda::ptx {
 
+inline bool elect() { return threadIdx.x % 32 == 0; }
+
 inline void copy_box(void* to, const CUtensorMap& map, Barrier& done, int32_t x, int32_t y = 0,
                      int32_t z = 0) {
   auto& block = simt::Block::current();
