@@ -34,16 +34,16 @@ EVERY = (*OURS, TORCH, *FOREIGN)
 RUNS = 20  # at least, of a peer with a goal
 LIMIT = """
 What limits it, by bare kernels on an H200 and clocks read in them, H=64 but where it says
-otherwise. Their launcher is not in the repository, so no command repeats these figures. Power:
-the board's 700 W bring the clock from 1.97 GHz down to 1.3 to 1.5 while all is busy; a refine of
-64K, text, takes 7.94 ms in a short run and 8.87 in a long one. Bare products of 128 columns with
-the copies of their keys make 1400 TFLOP/s at 1.32 GHz, added up 1223 to 1241, and with a maximum
-for relu() 1102 to 1122; of 64 columns, which wait for copies, 1077. Selection: with it left out a
-refine takes 7.2 to 7.8 ms, flat 34.0, and 1.94 at 16K; with it 7.94, 39.3, 2.72. Of 260 thousand
-cycles of two flat rows scorers wait for the selector for 24, for products for 50, for keys for
-14; in the rest a scorer's 200 instructions for 64 keys are issued beside those of two others.
-ncu, refine row by row and flat, before the last changes: tensor pipe active 51 and 49 %, issue
-slots 58 and 50, ALU 46 and 44, shared memory 63 and 52, L2 73 and 37.
+otherwise. Their launcher is not in the repository, so no command repeats these figures. Products
+slow down other instructions: with 256 tensor cycles of products in flight a scheduler has room for
+85 instructions of a warp; beyond that time is 0.55 of the tensor cycles plus 1.2 to 1.35 cycles an
+instruction. A refine of 64K, text, has for two rows 33 thousand tensor cycles and 33 thousand
+instructions of a scheduler, 20 of them to add up dot products, and takes 56 thousand cycles; ncu's
+samples show scorers not selected or not dispatched most of the time, and 3 % waiting for keys.
+Power: the board's 700 W bring the clock from 1.97 GHz down to 1.5 to 1.6 in a long run. Bare
+products of 128 columns with the copies of their keys make 1400 TFLOP/s at 1.32 GHz, added up 1223
+to 1241. Selection: with it left out 64K, text, takes 0.8 ms less, flat at 16K 0.7; 32 heads wait
+for it for a sixth of the time.
 
 Designs of refine, ms of 64K x 64K, text and random. One row at a time, three scoring warpgroups:
 first 13.5 (random); a shorter copying loop 12.2; two halves of a tile in flight 11.3; bar by
@@ -55,7 +55,11 @@ kernel without selection made 742 TFLOP/s. The next product begun before the sum
 stored: 35.9 for 34.0, flat without selection. 256 selecting threads: products of 128 columns do
 not compile. Selection: a histogram in shared memory over the range 9.7; a sample's range, a pass
 per warp 9.7; counting, in registers 9.0; what scorers mark, read by two rows at once or one after
-the other, 39.7 for 41.3, flat."""
+the other, 39.7 for 41.3, flat. Whole call, text, long runs, 9.5 before: scorers that take two tiles
+at a time, and relu() on two pipes, 9.2 to 9.3; products in turns, by a token from scorer to scorer,
+9.6 to 9.9; sums stored during the next product, no gain; dot products rounded to bf16 and summed up
+by the tensor cores, to be made exact near the bar, 10.5 without that last step: the small products
+wait for the large ones."""
 PORTABLE = """
 These are the portable kernels: this build, or this GPU, has not those for Hopper, which the goals
 and limits are made for."""
