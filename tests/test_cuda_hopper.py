@@ -9,7 +9,6 @@ The rest of the suite runs on these kernels with `--shapes hopper`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -97,6 +96,9 @@ def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
                           ks=int32(ks), ke=int32(ke))  # fmt: skip
         got, want = CUDA.index(case), CPU.index(case)  # the oracle would take minutes
         assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)
+        on = case.to("cuda")  # without scores, rows that select all of their tokens are not scored
+        indices = hisa.index(on.q, on.k, on.weights, **on.index_args())
+        assert torch.equal(indices.cpu(), want.indices)
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -211,9 +213,8 @@ def random_call(seed: int) -> Callable[[], torch.Tensor]:
                               k_scale=scale)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("op", "heads"), [("flat", 32), ("flat", 64), ("index", 32), ("index", 64)]
-)
+@pytest.mark.parametrize("op", ["flat", "row by row", "pairs"])
+@pytest.mark.parametrize("heads", [32, 64])
 def test_scales_of_a_long_call(op: str, heads: int) -> None:
     """Each key has its own scale, however busy shared memory is: 40 times the same bits.
 
@@ -226,16 +227,23 @@ def test_scales_of_a_long_call(op: str, heads: int) -> None:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    q = normal(keys, heads, 128).to(torch.float8_e4m3fn)
+    alike = 16 if op == "pairs" else 1  # neighbours, which then keep mostly the same blocks
+    q = normal(keys // alike, heads, 128).to(torch.float8_e4m3fn).view(torch.uint8)
+    q = q.repeat_interleave(alike, 0).view(torch.float8_e4m3fn)
     k = normal(keys, 128).to(torch.float8_e4m3fn)
-    weights, scale = normal(keys, heads).float(), normal(keys).float().exp()
+    weights = normal(keys // alike, heads).float().repeat_interleave(alike, 0)
+    scale = normal(keys).float().exp()
     ke = torch.arange(1, keys + 1, device="cuda", dtype=torch.int32)
-    of_op = {"flat": hisa.flat_index, "index": partial(hisa.index, block_topk=32)}[op]
-    want = of_op(q, k, weights, ke=ke, topk=2048, k_scale=scale)
+
+    def call() -> torch.Tensor:
+        if op == "flat":
+            return hisa.flat_index(q, k, weights, ke=ke, topk=2048, k_scale=scale)
+        return hisa.index(q, k, weights, ke=ke, topk=2048, k_scale=scale, block_topk=32)
+
+    want = call()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(40):
-        got = of_op(q, k, weights, ke=ke, topk=2048, k_scale=scale)
-        wrong += (got != want).any(1).sum()
+        wrong += (call() != want).any(1).sum()
     assert wrong.item() == 0
 
 

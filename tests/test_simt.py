@@ -62,16 +62,21 @@ def test_every_kernel(library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim:
 def test_pairs_of_rows(library: ctypes.CDLL, heads: int, size: int) -> None:
     """Two rows with all, some and no common blocks, in one segment or two, that begin anywhere."""
     keys, second = 21 * size + 5, 9 * size + 3
-    ks = int32([0, 1, 0, 2 * size + 2, second + 3, 0, second, 7, second + 1, second + size + 2])
+    ks = int32([0, 1, 0, 2 * size + 2, second + 3, 0, second, 7, second + 1, second + size + 2, 0,
+                second, 0, 0])  # fmt: skip
     ke = int32([9 * size, 9 * size - 1, 7 * size + 1, 9 * size, keys, 9 * size, keys - 70, 6, keys,
-                keys - 3])  # fmt: skip
+                keys - 3, size, second + size + 9, 9 * size, size + 3])  # fmt: skip
     for seed in range(2):
         case = exact_case(seed, dtype=FP8, M=len(ks), N=keys, H=heads, D=64, B=size, block_topk=5,
                           topk=2 * size + 1, ks=ks, ke=ke, pooling="max",
                           cu_seqlens_k=int32([0, second, keys]))  # fmt: skip
         scale = 2.0 ** torch.randint(-2, 3, (keys,), generator=torch.Generator().manual_seed(seed))
         case = case.replace(k_scale=scale)
-        assert_same(Hopper(library, multiprocessors=1 + seed).index(case), oracle.index(case))
+        want = oracle.index(case)
+        assert_same(Hopper(library, multiprocessors=1 + seed).index(case), want)
+        # Without scores, rows that select all of their tokens are not scored.
+        got = Hopper(library, multiprocessors=1 + seed, return_scores=False).index(case)
+        assert torch.equal(got.indices, torch.from_numpy(want.indices))
 
 
 @pytest.mark.parametrize(("common", "pay"), [(64, True), (43, True), (42, False), (0, False)])

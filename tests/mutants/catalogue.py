@@ -28,6 +28,7 @@ SPLIT = ("tests/test_split.py", "tests/test_cuda_hopper.py", "tests/test_paged.p
          "tests/test_t03_window_edges.py", "--families", "cuda", "--shapes", "hopper")  # fmt: skip
 PARTS = ("tests/test_split_portable.py", "tests/test_t03_window_edges.py", "--families",
          "cuda-portable")  # fmt: skip
+HOPPER = ("tests/test_cuda_hopper.py",)
 PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
 
 MUTANTS = [
@@ -330,19 +331,20 @@ CUDA_MUTANTS = [
     Mutant("hopper: the last block is not forced", "cuda/sm90/select.cuh",
            "blocks[i] = row.last;", "blocks[i] = row.first;"),
     Mutant("hopper: half a span", "cuda/sm90/pair.cuh",
-           "pair.tiles[next[kind]] = pair.tiles[next[kind] - 1];", ";"),
+           "pair.tiles[next[kind]] = pair.tiles[next[kind] - 1];", ";", tests=HOPPER),
     Mutant("hopper: a group ends with half a span", "cuda/sm90/load.cuh",
            "(group.size + kKeys - 1) / kKeys * C::kSpan", "(group.size + C::kTile - 1) / C::kTile"),
     Mutant("hopper: weights of odd heads are raised", "cuda/sm90/products.cuh",
            "i < kWeights; i += 2", "i < kWeights; i += 1"),
-    Mutant("hopper: scores of another slab", "cuda/sm90/select_row.cuh",
+    Mutant("hopper: a number twice", "cuda/sm90/select_row.cuh",
            "const int32_t four[4] = {i, i + 1, i + 2, i + 3};",
            "const int32_t four[4] = {i, i + 1, i + 2, i + 2};"),
     Mutant("hopper: blocks of rows without scores", "cuda/sm90/pair.cuh",
            "const uint32_t listed = group.rows[row].kept;",
-           "const uint32_t listed = group.rows[row].scored ? group.rows[row].kept : 0;"),
+           "const uint32_t listed = group.rows[row].scored ? group.rows[row].kept : 0;",
+           tests=HOPPER),
     Mutant("hopper: scales of the next tile", "cuda/sm90/score.cuh",
-           "    ptx::fence_async();\n", "", tests=("tests/test_cuda_hopper.py",)),
+           "    ptx::fence_async();\n", "", tests=HOPPER),
     Mutant("hopper: heads of a pair's second row", "cuda/sm90/score.cuh",
            "queries_ + first * C::kHeads * C::kPitch", "queries_"),
     Mutant("hopper: ties of the bar", "cuda/sm90/candidates.cuh",

@@ -49,7 +49,7 @@ struct Needs {
   int64_t fixed;  // bytes of shared memory
   int stages;     // at least
   int step;       // which their number is a multiple of
-  int span;       // tiles that a row has a multiple of
+  int span;       // tiles that a group has a multiple of
 };
 
 // Whether this family has a kernel for the call. It depends on nothing that may differ between

@@ -55,6 +55,7 @@ __device__ void pair_blocks(const Params& params, Group<C>& group) {
 #pragma unroll
   for (int i = 0; i < kLists; ++i) blocks[0] += static_cast<uint32_t>(__popc(common[i]));
   blocks[1] -= blocks[0], blocks[2] -= blocks[0];
+  static_assert(2 * kPairBlocks + 3 * (C::kSpan - 1) <= 2 * kPairTiles, "a tile a block");
   uint32_t next[3];  // tile of each kind
   uint32_t end = 0;
 #pragma unroll

@@ -22,7 +22,7 @@ struct Own {
 
   uint32_t out[kOwn];  // where the score goes, for a product whose first key is at position 0
   int32_t least[kOwn];  // that position, where the score is wanted
-  uint32_t scale[kOwn];  // where the key's scale is: in a tile; or the address, in a span's first
+  uint32_t scale[kOwn];  // where the key's scale is in a tile; in a span's first one, its address
   float bar[kOwn];  // of the row: what does not pass it is not wanted
   uint32_t marks;  // where the warp's marks go, likewise
 
@@ -141,13 +141,15 @@ class Scorer {
     own.least[i] = static_cast<int32_t>(skipped - key);
     own.out[i] = ptx::shared_address(memory_.chunk(chunk_turn_.buffer, row, params_.rows.chunk)) -
                  static_cast<uint32_t>(own.least[i]) * 4;
-    own.scale[i] = scale_shift + key / boxes.keys * boxes.pitch + key % boxes.keys;
     if constexpr (C::kSpan == 2)
-      own.scale[i] = ptx::shared_address(memory_.scale + stage_ * C::kBoxes.tile + own.scale[i]);
+      own.scale[i] =
+          ptx::shared_address(memory_.scale + stage_ * C::kBoxes.tile + scale_shift + key);
+    else
+      own.scale[i] = scale_shift + key / boxes.keys * boxes.pitch + key % boxes.keys;
   }
 
   // NOTE: threads read the scales, the copy engine writes the next ones there, and only a fence
-  // keeps the two in order. Without it now and then a key had the scale of one six tiles later.
+  // keeps the two in order. Without it now and then a key had the scale of the stage's next tile.
   __device__ __forceinline__ void release(uint32_t stage) {
     ptx::fence_async();
     memory_.shared.tile_empty[stage].arrive();

@@ -42,7 +42,7 @@ __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, f
                   [&](int, uint32_t, const float (&score)[4], uint32_t bits, uint32_t first) {
                     AnyArray<float>(stage.scores + first).push_4(bits, score);
                   });
-    sync_selectors();
+    sync_selectors();  // Stored counts again
   }
   // First their numbers, in place of the scores, so that adjacent threads write adjacent values.
   auto* chosen = reinterpret_cast<int32_t*>(scores);

@@ -2,7 +2,7 @@
 //
 //   loaders    warps      queries, weights and windows of a group of rows, taking turns -> group
 //   copiers    warps      its keys, every kCopiers-th tile each                         -> tile
-//   scorers    warpgroups every kScorers-th tile each: products, scores                 -> chunk
+//   scorers    warpgroups every kScorers-th span of tiles each: products, scores        -> chunk
 //   selector   warpgroup  what is best of a chunk, and of a row; writes the result
 //
 // There are several groups, and two chunks of scores, so a row's selection runs while the next row
@@ -48,18 +48,20 @@ struct Config {
   // always, and addresses and phases cost it next to nothing. Not with two products for each tile,
   // where constant addresses do not fit into its registers.
   static constexpr int kSpan = kScorers == 3 && kParts == 1 ? 2 : 1;
+  static constexpr int kSpans = kSpan * kScorers;  // tiles that all of them take
   // Tiles of a run, which a scorer goes through without a stop. Fewer, where there are few
   // registers.
   static constexpr int kRun = kSpan == 2 ? 2 : (kColumns > 64 ? 2 : 4) / kParts;
   // NOTE: a barrier tells only whether a phase is the one at hand or the one before. So each stage
   // has one copier and one scorer, who know by themselves that its last phase is over.
-  static constexpr int kStageStep = std::lcm(kCopiers, kSpan* kScorers);
+  static constexpr int kStageStep = std::lcm(kCopiers, kSpans);
   // In a run, a scorer holds on to a tile until its next one is there.
-  static constexpr int kHeld = kSpan == 1 && kRun > 1 ? kScorers + 1 : kScorers;
+  static constexpr int kHeld = kSpan == 1 && kRun > 1 ? kScorers + 1 : kSpans;
   static constexpr int kGroups = kPairs ? 2 : kMaxGroups;  // at hand, at most
   static constexpr int kLeastStages = (kHeld + kStageStep - 1) / kStageStep * kStageStep;
   static_assert(kLeastStages <= kMaxStages);
   static_assert(kSpan == 1 || kMaxStages < 2 * kStageStep);
+  static_assert(kMostChunk / 4 % (kSpan * kTile) == 0);
   static constexpr Boxes kBoxes = make_boxes(0, kTile);  // of each tile, with kSpan 2
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = kPairs && !kWide ? 48 : 40;
@@ -94,7 +96,7 @@ struct Pair {
     int32_t first;         // token
     uint16_t position[2];  // of that token, among each row's, from the start of its first block on
   };
-  uint32_t ends[3];  // tiles up to the end of each kind
+  uint32_t ends[3];  // tiles up to the end of each kind, in whole spans
   uint32_t scale_shift[2];  // see Group
   Tile tiles[2 * kPairTiles];
   int32_t blocks[2][kPairBlocks];  // first tokens of those that each row keeps
