@@ -42,8 +42,8 @@ instructions of a scheduler, 20 of them to add up dot products, and takes 56 tho
 samples show scorers not selected or not dispatched most of the time, and 3 % waiting for keys.
 Power: the board's 700 W bring the clock from 1.97 GHz down to 1.5 to 1.6 in a long run. Bare
 products of 128 columns with the copies of their keys make 1400 TFLOP/s at 1.32 GHz, added up 1223
-to 1241. Selection: with it left out 64K, text, takes 0.8 ms less, flat at 16K 0.7; 32 heads wait
-for it for a sixth of the time.
+to 1241. Selection: with it left out 64K, text, takes 0.8 ms less, flat at 16K as much; 32 heads
+wait for it for a sixth of the time.
 
 Designs of refine, ms of 64K x 64K, text and random. One row at a time, three scoring warpgroups:
 first 13.5 (random); a shorter copying loop 12.2; two halves of a tile in flight 11.3; bar by

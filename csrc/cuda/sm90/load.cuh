@@ -122,7 +122,7 @@ __device__ __forceinline__ int32_t find_page(const PageMap& map, int32_t key) {
 // Copy every kCopiers-th tile, each of them a single box. All lanes know the same, and the compiler
 // knows that they do, so that there is little to be done for a tile.
 template <class C>
-__device__ void copy_boxes(const Params& params, const Memory<C>& memory, uint32_t copier) {
+__device__ void copy_whole_tiles(const Params& params, const Memory<C>& memory, uint32_t copier) {
   static_assert(C::kPanels == 1);
   Shared<C>& shared = memory.shared;
   const bool scaled = params.scored.scale != nullptr;

@@ -27,7 +27,7 @@ template <class C>
 __device__ __forceinline__ void run_copier(const Params& params, const Memory<C>& memory,
                                            uint32_t copier) {
   if constexpr (C::kSpan == 2)
-    copy_boxes<C>(params, memory, copier);
+    copy_whole_tiles<C>(params, memory, copier);
   else
     copy_tiles<C>(params, memory, copier);
 }

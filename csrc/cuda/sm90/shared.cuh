@@ -107,7 +107,7 @@ template <class C>
 struct Group {
   int64_t m;  // first row
   uint32_t size;  // keys, see Params::work; of a pair, of the row that has more
-  uint32_t tiles;  // to score
+  uint32_t tiles;  // to score, in whole spans
   uint32_t base;  // first key, where they are adjacent
   const int32_t* blocks;  // of the row, where they are not
   uint32_t scale_shift;  // scales in front of a box that are not the box's
