@@ -12,6 +12,7 @@ own, exactly as if it stood alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,34 +22,43 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _extension
 from .around import mask_windows
+from .transfer import download
 from .windows import Windows, entry_origins
+
+Scan = Callable[[], Windows | str]  # waits for the device: a mask's fate is decided on the host
 
 
 def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
-    """Find the window of every query, or say in a few words why there is none.
+    """Find the window of every query, or say in a few words why there is none."""
+    return begin_scan(mask, batch, queries)()
 
-    Waits for the device: what becomes of the mask is decided on the host.
-    """
+
+def begin_scan(mask: Tensor | None, batch: int, queries: int) -> Scan:
+    """Let the device look at a mask; what is returned gives what `scan` does, when it is there."""
     if mask is None:
-        return "no attention mask"
+        return lambda: "no attention mask"
     if mask.is_meta or isinstance(mask, FakeTensor):
-        return "attention mask without data"
+        return lambda: "attention mask without data"
     if reason := misfit(mask, batch, queries):
-        return reason
+        return lambda: reason
     ks, ke, summary = mask_windows(mask[:1] if mask.stride(0) == 0 else mask)
-    unknown, broken, longest, latest = summary.tolist()
-    if unknown:
-        return "attention mask with values that are neither 0 nor masked"
-    if broken:
-        return "attention mask with a row that is not one range"
-    keys = mask.shape[2]
-    longest, reach = longest if ks.numel() else 0, min(longest + latest, keys)
-    windows = _pack(ks, ke, batch, queries, keys, longest, reach, measured=True)
-    if not latest:
-        return windows
-    starts, kept = _starts(windows)
-    kept[1:] &= starts[1:] != starts[:-1]
-    return replace(windows, cu_seqlens_k=torch.cat([starts[kept], windows.cu_seqlens_k[-1:]]))
+    found, keys = download(summary), mask.shape[2]
+
+    def finish() -> Windows | str:
+        unknown, broken, longest, latest = found()
+        if unknown:
+            return "attention mask with values that are neither 0 nor masked"
+        if broken:
+            return "attention mask with a row that is not one range"
+        longest, reach = longest if ks.numel() else 0, min(longest + latest, keys)
+        windows = _pack(ks, ke, batch, queries, keys, longest, reach, measured=True)
+        if not latest:
+            return windows
+        starts, kept = _starts(windows)
+        kept[1:] &= starts[1:] != starts[:-1]
+        return replace(windows, cu_seqlens_k=torch.cat([starts[kept], windows.cu_seqlens_k[-1:]]))
+
+    return finish
 
 
 def trace(mask: Tensor | None, batch: int, queries: int) -> Windows | str:

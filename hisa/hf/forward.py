@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .audit import LayerAudit
 from .exact import LayerExact
-from .indexer import make_hierarchical, select
+from .indexer import Projections, make_hierarchical, select
 from .kept import KeptKeys
 from .masks import WindowCache, Windows, trace
 from .models import IndexerSpec
-from .rotation import Indexer
+from .rotation import Angles, Indexer
 from .settings import Settings
 from .slots import Replacement
 from .status import LayerStatus
@@ -152,16 +152,8 @@ class PatchedForward(Replacement):
         if isinstance(windows, str):
             return cast(Tensor, self.original(*own))
         self.shared.compiled = True
-        return select(
-            self.module,
-            self.spec,
-            self.hierarchical,
-            windows,
-            hidden_states,
-            q_resid,
-            position_embeddings,
-            cache,
-        )
+        projections = self._projections(hidden_states, q_resid, position_embeddings)
+        return select(projections, self.hierarchical, windows, cache)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(
@@ -176,27 +168,29 @@ class PatchedForward(Replacement):
         """Select with what is known of the mask and the cache on the host."""
         own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
         shared, (batch, queries) = self.shared, hidden_states.shape[:2]
-        found = shared.windows.get(attention_mask, batch, queries, self.layer)
-        if isinstance(found, str):
-            self._count_fallback(found)
+        find_windows = shared.windows.begin(attention_mask, batch, queries, self.layer)
+        projections = self._projections(hidden_states, q_resid, position_embeddings)
+        if not self._fallbacks:  # which would not need them
+            projections.begin()  # so that the device does not wait while the host does
+        windows = find_windows()
+        if isinstance(windows, str):
+            self._count_fallback(windows)
             return cast(Tensor, self.original(*own))
 
-        selected = select(
-            self.module,
-            self.spec,
-            self.hierarchical,
-            found,
-            hidden_states,
-            q_resid,
-            position_embeddings,
-            cache,
-            self.audit or self.exact,
-            self.kept,
-        )
-        self._count(found, batch * queries)
+        index = self.audit or self.exact
+        selected = select(projections, self.hierarchical, windows, cache, index, self.kept)
+        self._count(windows, batch * queries)
         if queries == 1:  # a prefill may go on in another chunk; generation has the whole prompt
             shared.warn_if_never_pruned()
         return selected
+
+    def _projections(
+        self, hidden_states: Tensor, q_resid: Tensor, position_embeddings: Angles
+    ) -> Projections:
+        settings = self.hierarchical.settings
+        return Projections(
+            self.module, self.spec, settings, hidden_states, q_resid, position_embeddings
+        )
 
     def _count(self, windows: Windows, rows: int) -> None:
         settings = self.shared.settings

@@ -37,14 +37,65 @@ from .models import IndexerSpec
 from .rotation import Angles, Indexer, rotate
 
 
+class Projections:
+    """The keys, queries and weights of one call, projected when they are asked for.
+
+    Or before, with `begin`: none of them depends on the windows, which take a while to be known.
+    """
+
+    def __init__(
+        self,
+        module: Indexer,
+        spec: IndexerSpec,
+        settings: Settings,
+        hidden_states: Tensor,
+        q_resid: Tensor,
+        angles: Angles,
+    ) -> None:
+        self.module = module
+        self.q_dtype = q_resid.dtype
+        self.batch, self.length = hidden_states.shape[:2]
+        self._spec = spec
+        self._settings = settings
+        self._inputs = hidden_states, q_resid, angles
+        self._keys: Tensor | None = None
+        self._begun: tuple[Some, tuple[Tensor, Tensor]] | None = None
+        dtype = scoring_dtype(q_resid.dtype, hidden_states.dtype)
+        row_bytes = self.batch * module.n_heads * module.head_dim * dtype.itemsize
+        chunk_bytes = CUDA_CHUNK_BYTES if hidden_states.is_cuda else CHUNK_BYTES
+        self.step = rows_per_chunk(row_bytes, chunk_bytes)  # rows to project together
+
+    def begin(self) -> None:
+        """Project the keys and the first rows now."""
+        rows = None if self.step >= self.length else slice(0, self.step)
+        self._keys, self._begun = self._project_keys(), (rows, self._project(rows))
+
+    def keys(self) -> Tensor:
+        """Return the keys of all rows, [B, S, D]."""
+        return self._project_keys() if self._keys is None else self._keys
+
+    def rows(self, rows: Some) -> tuple[Tensor, Tensor]:
+        """Return the queries and the weights of some rows, [B, r, H, D] and [B, r, H]."""
+        begun, self._begun = self._begun, None
+        return begun[1] if begun is not None and begun[0] == rows else self._project(rows)
+
+    def _project_keys(self) -> Tensor:
+        hidden_states, q_resid, angles = self._inputs
+        return project_keys(self.module, self._spec, hidden_states, angles, q_resid)
+
+    def _project(self, rows: Some) -> tuple[Tensor, Tensor]:
+        hidden_states, q_resid, (cos, sin) = self._inputs
+        angles = pick(cos, rows), pick(sin, rows)
+        queries, scale = project_queries(
+            self.module, self._spec, pick(q_resid, rows), angles, self._settings
+        )
+        return queries, project_weights(self.module, pick(hidden_states, rows), scale)
+
+
 def select(
-    module: Indexer,
-    spec: IndexerSpec,
+    projections: Projections,
     hierarchical: HierarchicalIndexer,
     windows: Windows,
-    hidden_states: Tensor,
-    q_resid: Tensor,
-    position_embeddings: Angles,
     cache: Any | None,
     index: Index | None = None,
     kept: KeptKeys | None = None,
@@ -57,24 +108,18 @@ def select(
     Entries of a row are distinct and in [0, T). Those of them that lie outside the row's window, or
     that hisa.index did not select, fill slots for which there was nothing to select.
     """
-    batch, settings = hidden_states.shape[0], hierarchical.settings
-    k = project_keys(module, spec, hidden_states, position_embeddings, q_resid)
+    settings, layer = hierarchical.settings, projections.module.layer_idx
+    k = projections.keys()
     prepare: Prepare = functools.partial(prepare_keys, settings)
     if kept is not None and cache is not None:
-        k, prepare = kept.append(cache, module.layer_idx, k)
+        k, prepare = kept.append(cache, layer, k)
     elif cache is not None:
-        k = cache.update_indexer(k, module.layer_idx)
-    if k.shape[:2] != (batch, windows.keys):
+        k = cache.update_indexer(k, layer)
+    if k.shape[:2] != (projections.batch, windows.keys):
         raise ValueError(
             f"attention_mask: expected one column for each of the {k.shape[1]} keys, "
             f"got {windows.keys}"
         )
-
-    def project(rows: Some) -> tuple[Tensor, Tensor]:
-        cos, sin = position_embeddings
-        cos_sin = pick(cos, rows), pick(sin, rows)
-        queries, scale = project_queries(module, spec, pick(q_resid, rows), cos_sin, settings)
-        return queries, project_weights(module, pick(hidden_states, rows), scale)
 
     def finish(indices: Tensor, rows: Some) -> Tensor:
         ks, ke = pick(windows.ks, rows).flatten(), pick(windows.ke, rows).flatten()
@@ -85,16 +130,14 @@ def select(
             return windows.can_prune(settings.block_size, settings.block_topk)
         return windows.pruned_rows(settings.block_size, settings.block_topk) > 0
 
-    dtype = scoring_dtype(q_resid.dtype, k.dtype)
-    row_bytes = batch * module.n_heads * module.head_dim * dtype.itemsize
     return hierarchical.select_rows(
-        project,
+        projections.rows,
         k,
         windows,
-        step=rows_per_chunk(row_bytes, CUDA_CHUNK_BYTES if k.is_cuda else CHUNK_BYTES),
+        step=projections.step,
         finish=finish,
         prepare=lambda k, dtype: prepare(k, dtype, windows, prune=prunes()),
-        dtype=dtype,
+        dtype=scoring_dtype(projections.q_dtype, k.dtype),
         topk=min(hierarchical.topk, windows.keys),
         index=index,
     )

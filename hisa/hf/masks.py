@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hisa.masks import knows, scan, trace
+from hisa.masks import Scan, begin_scan, knows, scan, trace
 from hisa.windows import Windows
 
-__all__ = ["WindowCache", "Windows", "scan", "trace"]
+__all__ = ["Scan", "WindowCache", "Windows", "scan", "trace"]
 
 # NOTE: here, since `import hisa` alone is to be without torch's compiler.
 torch.compiler.assume_constant_result(knows)
@@ -61,22 +61,32 @@ class WindowCache:
 
     def get(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Windows | str:
         """Return the windows of `mask`, or why there are none, for layer number `layer`."""
+        return self.begin(mask, batch, queries, layer)()
+
+    def begin(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Scan:
+        """Do as `get` does, but wait for the device only when the result is asked for, once."""
         if mask is None or isinstance(mask, FakeTensor):
             return self._scan(mask, batch, queries)
         last: _Scanned | None = getattr(self._local, "last", None)
         view = (batch, queries, *_view(mask))
         if last is not None and last.fits(mask, view, layer):
             last.served.add(layer)
-            return last.result
-        result = self._scan(mask, batch, queries)
+            result = last.result
+            return lambda: result
         storage = StorageWeakRef(mask.untyped_storage())
-        self._local.last = _Scanned(storage, view, result, {layer})
-        return result
+        scan = self._scan(mask, batch, queries)
 
-    def _scan(self, mask: Tensor | None, batch: int, queries: int) -> Windows | str:
+        def finish() -> Windows | str:
+            found = scan()
+            self._local.last = _Scanned(storage, view, found, {layer})
+            return found
+
+        return finish
+
+    def _scan(self, mask: Tensor | None, batch: int, queries: int) -> Scan:
         with self._lock:
             self._scans += 1
-        return scan(mask, batch, queries)
+        return begin_scan(mask, batch, queries)
 
 
 def _view(mask: Tensor) -> tuple[object, ...]:

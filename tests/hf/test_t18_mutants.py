@@ -91,8 +91,10 @@ def change_weights(change: Callable[[Tensor], Tensor]) -> Mutation:
 
 def change_windows(change: Callable[[masks.Windows], masks.Windows]) -> Mutation:
     def mutate(patcher: pytest.MonkeyPatch) -> None:
-        scan = masks.scan
-        patcher.setattr(masks, "scan", lambda *a: change(scan(*a)))  # type: ignore[arg-type]
+        def begin_scan(*mask: Any) -> masks.Scan:
+            return lambda: change(masks.scan(*mask))  # type: ignore[arg-type]
+
+        patcher.setattr(masks, "begin_scan", begin_scan)
 
     return mutate
 

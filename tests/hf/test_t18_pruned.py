@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hisa
 from hisa.around import complete
 from hisa.hf import indexer as under_test
-from hisa.hf.indexer import make_hierarchical, select
+from hisa.hf.indexer import Projections, make_hierarchical, select
 from hisa.hf.masks import Windows, scan
 from hisa.hf.models import SPECS
 from hisa.hf.settings import Settings
@@ -60,14 +60,19 @@ def random_input(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor
     return here(states), here(queries)
 
 
-def choose(states: Tensor, q: Tensor, mask: Tensor, past: Cache | None = None) -> Tensor:
+def choose(
+    states: Tensor, q: Tensor, mask: Tensor, past: Cache | None = None, *, begun: bool = False
+) -> Tensor:
     windows = scan(mask, *q.shape[:2])
     assert isinstance(windows, Windows)
     module: Any = SimpleNamespace(
         n_heads=HEADS, head_dim=CHANNELS, layer_idx=0, index_topk=99, wq_b=nn.Identity()
     )
     chosen = make_hierarchical(SETTINGS, SETTINGS.topk or 0)
-    return select(module, SPECS[0], chosen, windows, states, q, (states, states), past)
+    projections = Projections(module, SPECS[0], SETTINGS, states, q, (states, states))
+    if begun:
+        projections.begin()
+    return select(projections, chosen, windows, past)
 
 
 def causal(batch: int, length: int) -> Tensor:
@@ -81,7 +86,8 @@ def inside(row: Tensor, start: int, end: int) -> list[int]:
 
 @pytest.mark.usefixtures("projected")
 @pytest.mark.parametrize("rows", [1, 5, 1000])
-def test_chunks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_chunks_do_not_matter(rows: int, begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One-shot prefill, prefill in pieces and token-by-token decode agree to the bit."""
     for name in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
         monkeypatch.setattr(under_test, name, rows * 2 * HEADS * CHANNELS * 4)
@@ -90,9 +96,8 @@ def test_chunks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for edges in ([0, 50, 51, 90], [0, 33, 90], list(range(91))):
         past = Cache()
         for start, end in itertools.pairwise(edges):
-            piece = choose(
-                states[:, start:end], q[:, start:end], causal(2, end)[:, start:end], past
-            )
+            some = slice(start, end)
+            piece = choose(states[:, some], q[:, some], causal(2, end)[:, some], past, begun=begun)
             for entry, row in itertools.product(range(2), range(start, end)):
                 found = inside(piece[entry, row - start], 0, row + 1)
                 assert found == inside(whole[entry, row], 0, row + 1), (edges, entry, row)
