@@ -30,7 +30,7 @@ from .settings import Settings
 from .windows import Windows
 
 # Of projected queries handled together; weights are read once per chunk, and a GPU wants many rows.
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 128 << 20
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 256 << 20
 
 Projection = Callable[..., Tensor]
 Some = slice | None  # of a call's rows; None: all of them, as in decoding
