@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ import hisa
 from . import _extension
 from .checking import OPTIONAL, check_types
 from .contract import check_keys, check_shape
+from .keys import Keys, prepare_keys
 from .layouts import call_windows, count_rows
 from .quantize import scoring_dtype, to_precision
 from .settings import Settings
@@ -37,14 +37,6 @@ Some = slice | None  # of a call's rows; None: all of them, as in decoding
 Rows = Callable[[Some], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
 Finish = Callable[[Tensor, Some], Tensor]  # indices [B * r, k], rows -> what is returned for them
 Index = Callable[..., Tensor]  # the arguments and the result of `hisa.index`
-
-
-class Keys(NamedTuple):
-    """All keys of a batch, as `hisa.index` takes them."""
-
-    k: Tensor  # [B * N, D]
-    k_scale: Tensor | None  # [B * N] fp32
-    pooled: tuple[Tensor, Tensor] | None
 
 
 Prepare = Callable[[Tensor, torch.dtype], Keys]  # keys [B, N, D], and in which dtype to score them
@@ -356,43 +348,6 @@ class HierarchicalIndexer(nn.Module):
             ),
         )
         return selected if batched else selected[0]
-
-
-def prepare_keys(
-    settings: Settings,
-    k: Tensor,
-    dtype: torch.dtype,
-    windows: Windows,
-    *,
-    prune: bool,
-    k_scale: Tensor | None = None,
-) -> Keys:
-    """Bring keys to the dtype that scores them, and pool them if any row sees more than is kept.
-
-    Args:
-        k: `[B, N, D]`.
-        dtype: in which to score, or to quantise from.
-        windows: of all rows.
-        prune: whether any row may see more blocks than are kept.
-        k_scale: `[B, N]` or `[N]` float32.
-    """
-    k, divisor = to_precision(settings, k.flatten(0, 1), dtype)
-    if k_scale is not None:
-        k_scale = k_scale.flatten()
-        divisor = k_scale if divisor is None else k_scale * divisor
-    keys = Keys(k, divisor, None)
-    return keys._replace(pooled=pool(settings, keys, windows.cu_seqlens_k)) if prune else keys
-
-
-def pool(settings: Settings, keys: Keys, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pool keys as the settings say."""
-    return hisa.pool_keys(
-        keys.k,
-        k_scale=keys.k_scale,
-        cu_seqlens_k=cu_seqlens_k,
-        block_size=settings.block_size,
-        pooling=settings.pooling,
-    )
 
 
 def pick(x: Tensor, rows: Some, *, batched: bool = True) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hisa.around import complete, fold_weights
+from hisa.keys import prepare_keys
 from hisa.module import (
     CHUNK_BYTES,
     CUDA_CHUNK_BYTES,
@@ -25,7 +26,6 @@ from hisa.module import (
     Index,
     Some,
     pick,
-    prepare_keys,
     rows_per_chunk,
 )
 from hisa.quantize import scoring_dtype

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hisa.module import Keys, pool, prepare_keys
+from hisa.keys import Keys, pool, prepare_keys
 from hisa.quantize import to_precision
 from hisa.transfer import upload
 from hisa.windows import Windows

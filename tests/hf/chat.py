@@ -16,7 +16,7 @@ from torch import Tensor
 from hisa.hf.kept import KeptKeys
 from hisa.hf.masks import Windows, scan
 from hisa.hf.settings import Settings
-from hisa.module import Keys, prepare_keys
+from hisa.keys import Keys, prepare_keys
 from tests.case import same_bytes
 from tests.hf.models import here
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import hisa
-from hisa.module import prepare_keys
+from hisa.keys import prepare_keys
 
 transformers: Any = pytest.importorskip("transformers")
 
