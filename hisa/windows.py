@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checking import check_types
+from .transfer import download
 
 Found = TypeVar("Found")
 
@@ -37,22 +38,38 @@ class Windows:
         """Say whether a window is long enough for a block to be skipped, wherever it begins."""
         return self.longest > (block_topk - 1) * block_size + 1
 
-    def pruned_rows(self, block_size: int, block_topk: int) -> int:
-        """Count the rows whose window meets more blocks than are kept."""
-        if not self.can_prune(block_size, block_topk):
-            return 0
-        if self.measured and self.ks.numel() == 1:  # blocks tile the only window from its start
-            return int(self.longest > block_topk * block_size)
+    def prunes(self, block_size: int, block_topk: int) -> bool:
+        """Say whether any row's window meets more blocks than are kept.
 
-        def count() -> int:
+        Waits for the device only where that depends on where the longest window begins.
+        """
+        if not self.can_prune(block_size, block_topk):
+            return False
+        if self.measured and self.longest > block_topk * block_size:
+            return True
+        return self.count_pruned(block_size, block_topk)() > 0
+
+    def count_pruned(self, block_size: int, block_topk: int) -> Callable[[], int]:
+        """Begin to count the rows whose window meets more blocks than are kept.
+
+        Returns:
+            What waits for the device, and gives their number.
+        """
+        if not self.can_prune(block_size, block_topk):
+            return lambda: 0
+        if self.measured and self.ks.numel() == 1:  # blocks tile the only window from its start
+            return lambda: int(self.longest > block_topk * block_size)
+
+        def begin() -> Callable[[], int]:
             starts = self.cu_seqlens_k[:-1]
             segment = torch.searchsorted(starts, self.packed_ks, right=True) - 1
             origin = starts[segment]
             first = (self.packed_ks - origin).div(block_size, rounding_mode="floor")
             last = (self.packed_ke - 1 - origin).div(block_size, rounding_mode="floor")
-            return int((last - first >= block_topk).sum())
+            counted = download((last - first >= block_topk).sum()[None])
+            return lambda: counted()[0]
 
-        return self.once(("pruned rows", block_size, block_topk), count)
+        return self.once(("pruned rows", block_size, block_topk), begin)
 
     def starts(self) -> tuple[tuple[int, ...], ...]:
         """Say where the segments of each batch entry begin, in its own keys.

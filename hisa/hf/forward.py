@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -34,10 +35,10 @@ class Shared:
         self.compiled = False  # whether there were calls of which nothing is known
         self._warned: set[str] = set()
 
-    def note(self, longest: int, pruned_rows: int) -> None:
+    def note(self, longest: int, prunes: bool) -> None:
         """Remember, with the lock held, how long windows are and whether any was to be pruned."""
         self._longest = max(self._longest, longest)
-        self._pruned = self._pruned or pruned_rows > 0
+        self._pruned = self._pruned or prunes
 
     def warn_if_never_pruned(self) -> None:
         """Warn if no window so far was long enough for a block to be skipped."""
@@ -65,6 +66,7 @@ class PatchedForward(Replacement):
 
     __slots__ = (
         "_calls",
+        "_count_last",
         "_fallbacks",
         "_pruned_rows",
         "_rows",
@@ -99,6 +101,7 @@ class PatchedForward(Replacement):
         self.hierarchical = make_hierarchical(settings, settings.topk or module.index_topk)
         self.kept = KeptKeys(settings)
         self._calls = self._rows = self._pruned_rows = 0
+        self._count_last: Callable[[], int] = lambda: 0  # pruned rows of the last call
         self._fallbacks: Counter[str] = Counter()
 
     @torch.no_grad()
@@ -194,12 +197,14 @@ class PatchedForward(Replacement):
 
     def _count(self, windows: Windows, rows: int) -> None:
         settings = self.shared.settings
-        pruned = windows.pruned_rows(settings.block_size, settings.block_topk)
+        prunes = windows.prunes(settings.block_size, settings.block_topk)
+        count = windows.count_pruned(settings.block_size, settings.block_topk)
         with self.shared.lock:
             self._calls += 1
             self._rows += rows
-            self._pruned_rows += pruned
-            self.shared.note(windows.longest, pruned)
+            self._pruned_rows += self._count_last()  # the device has had a whole call for it
+            self._count_last = count
+            self.shared.note(windows.longest, prunes)
 
     def _count_fallback(self, reason: str) -> None:
         with self.shared.lock:
@@ -219,7 +224,7 @@ class PatchedForward(Replacement):
                 state="patched" if self.installed else "removed",
                 calls=self._calls,
                 rows=self._rows,
-                pruned_rows=self._pruned_rows,
+                pruned_rows=self._pruned_rows + self._count_last(),
                 fallbacks=dict(self._fallbacks),
                 escalated_rows=None if self.exact is None else self.exact.escalated(),
                 reused=self.kept.reused,

@@ -125,10 +125,10 @@ def select(
         ks, ke = pick(windows.ks, rows).flatten(), pick(windows.ke, rows).flatten()
         return complete(indices, ks, ke, keys=windows.keys)
 
-    def prunes() -> bool:  # asked when the first rows are projected, since the answer takes a while
+    def prunes() -> bool:  # asked when the first rows are projected, since it may wait
         if torch.compiler.is_compiling():  # which there is none for in a graph
             return windows.can_prune(settings.block_size, settings.block_topk)
-        return windows.pruned_rows(settings.block_size, settings.block_topk) > 0
+        return windows.prunes(settings.block_size, settings.block_topk)
 
     return hierarchical.select_rows(
         projections.rows,

@@ -111,7 +111,8 @@ def test_pruned_rows_counts_blocks_from_the_segments_start(block_size: int) -> N
                 window = range(int(found.ks[i, row]), int(found.ke[i, row]))
                 blocks = {(token - origins[entries[i]]) // block_size for token in window}
                 expected += len(blocks) > block_topk
-            assert found.pruned_rows(block_size, block_topk) == expected
+            assert found.count_pruned(block_size, block_topk)() == expected
+            assert found.prunes(block_size, block_topk) == (expected > 0)
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -122,7 +123,8 @@ def test_a_single_row_is_pruned_from_its_own_start(start: int) -> None:
         found = windows_of(mask_of(ks, ks + length, 20))
         for block_size, block_topk in ((4, 2), (8, 2), (2, 5)):
             expected = -(-length // block_size) > block_topk
-            assert found.pruned_rows(block_size, block_topk) == expected
+            assert found.count_pruned(block_size, block_topk)() == expected
+            assert found.prunes(block_size, block_topk) == (expected > 0)
         assert found.reach == (start + length if length else 0)
 
 
