@@ -79,9 +79,10 @@ def test_hierarchical_in_every_layout(dtype: torch.dtype, block_topk: int, topk:
 
 
 @pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize("depth", [64, 128])
 @pytest.mark.parametrize("heads", [16, 32, 64])
-def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
+def test_pairs_of_rows(heads: int, depth: int, dtype: torch.dtype, size: int) -> None:
     """More rows than multiprocessors, so two are scored together: with all, some, no common blocks.
 
     Rows of one pair are in different segments, begin and end elsewhere, or have nothing to score.
@@ -91,7 +92,7 @@ def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
     ke = [keys - (13 * i) % (6 * size) if i % 5 else 3 * i for i in range(rows)]
     packed = int32([0, 4 * size + 3, 4 * size + 3, keys])
     for seed, segments in enumerate([None, packed]):
-        case = exact_case(seed, dtype=torch.float8_e4m3fn, M=rows, N=keys, H=heads, D=depth, B=size,
+        case = exact_case(seed, dtype=dtype, M=rows, N=keys, H=heads, D=depth, B=size,
                           block_topk=5, topk=2 * size + 1, cu_seqlens_k=segments, pooling="max",
                           ks=int32(ks), ke=int32(ke))  # fmt: skip
         got, want = CUDA.index(case), CPU.index(case)  # the oracle would take minutes
@@ -102,12 +103,16 @@ def test_pairs_of_rows(heads: int, depth: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("heads", [32, 64])
-def test_either_refinement(heads: int, alike: bool) -> None:
+@pytest.mark.parametrize(
+    ("heads", "depth", "dtype"),
+    [(32, 64, DTYPES[0]), (64, 64, DTYPES[0]), (64, 128, DTYPES[1])],
+    ids=str,
+)
+def test_either_refinement(heads: int, depth: int, dtype: torch.dtype, alike: bool) -> None:
     """So many rows that the GPU chooses: neighbours with the same blocks, and with others."""
     rows = 32 * torch.cuda.get_device_properties(0).multi_processor_count + 5
     size = 64
-    case = exact_case(heads, dtype=torch.float8_e4m3fn, M=rows, N=20 * size, H=heads, D=64, B=size,
+    case = exact_case(heads, dtype=dtype, M=rows, N=20 * size, H=heads, D=depth, B=size,
                       block_topk=4, topk=size + 1, cu_seqlens_k=None, ks=None)  # fmt: skip
     if alike:
         case = case.replace(q=case.q[:1].expand(rows, -1, -1).contiguous(),
@@ -214,8 +219,9 @@ def random_call(seed: int) -> Callable[[], torch.Tensor]:
 
 
 @pytest.mark.parametrize("op", ["flat", "row by row", "pairs"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 @pytest.mark.parametrize("heads", [32, 64])
-def test_scales_of_a_long_call(op: str, heads: int) -> None:
+def test_scales_of_a_long_call(op: str, dtype: torch.dtype, heads: int) -> None:
     """Each key has its own scale, however busy shared memory is: 40 times the same bits.
 
     Without a fence before the copy engine writes the next scales, every fifth flat call of 32 heads
@@ -228,9 +234,8 @@ def test_scales_of_a_long_call(op: str, heads: int) -> None:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     alike = 16 if op == "pairs" else 1  # neighbours, which then keep mostly the same blocks
-    q = normal(keys // alike, heads, 128).to(torch.float8_e4m3fn).view(torch.uint8)
-    q = q.repeat_interleave(alike, 0).view(torch.float8_e4m3fn)
-    k = normal(keys, 128).to(torch.float8_e4m3fn)
+    q = normal(keys // alike, heads, 128).repeat_interleave(alike, 0).to(dtype)
+    k = normal(keys, 128).to(dtype)
     weights = normal(keys // alike, heads).float().repeat_interleave(alike, 0)
     scale = normal(keys).float().exp()
     ke = torch.arange(1, keys + 1, device="cuda", dtype=torch.int32)

@@ -58,17 +58,26 @@ def test_every_kernel(library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim:
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("heads", [16, 32])
-def test_pairs_of_rows(library: ctypes.CDLL, heads: int, size: int) -> None:
-    """Two rows with all, some and no common blocks, in one segment or two, that begin anywhere."""
+@pytest.mark.parametrize(
+    ("dtype", "heads", "dim"),
+    [(FP8, 16, 64), (FP8, 32, 64), (BF16, 16, 128), (BF16, 32, 128)],
+    ids=str,
+)
+def test_pairs_of_rows(
+    library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int, size: int
+) -> None:
+    """Two rows with all, some and no common blocks, in one segment or two, that begin anywhere.
+
+    Of bf16 keys of 128 channels, with queries of one pair and scores of three rows at hand.
+    """
     keys, second = 21 * size + 5, 9 * size + 3
     ks = int32([0, 1, 0, 2 * size + 2, second + 3, 0, second, 7, second + 1, second + size + 2, 0,
                 second, 0, 0])  # fmt: skip
     ke = int32([9 * size, 9 * size - 1, 7 * size + 1, 9 * size, keys, 9 * size, keys - 70, 6, keys,
                 keys - 3, size, second + size + 9, 9 * size, size + 3])  # fmt: skip
     for seed in range(2):
-        case = exact_case(seed, dtype=FP8, M=len(ks), N=keys, H=heads, D=64, B=size, block_topk=5,
-                          topk=2 * size + 1, ks=ks, ke=ke, pooling="max",
+        case = exact_case(seed, dtype=dtype, M=len(ks), N=keys, H=heads, D=dim, B=size,
+                          block_topk=5, topk=2 * size + 1, ks=ks, ke=ke, pooling="max",
                           cu_seqlens_k=int32([0, second, keys]))  # fmt: skip
         scale = 2.0 ** torch.randint(-2, 3, (keys,), generator=torch.Generator().manual_seed(seed))
         case = case.replace(k_scale=scale)
@@ -301,7 +310,9 @@ def test_few_rows_whose_scores_crowd(library: ctypes.CDLL, seed: int) -> None:
 
 @pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
 @pytest.mark.parametrize(
-    ("dtype", "heads", "dim"), [(FP8, 16, 128), (FP8, 64, 128), (BF16, 32, 64)], ids=str
+    ("dtype", "heads", "dim"),
+    [(FP8, 16, 128), (FP8, 64, 128), (BF16, 32, 64), (BF16, 32, 128)],
+    ids=str,
 )
 def test_rows_where_sums_round(
     library: ctypes.CDLL, dtype: torch.dtype, heads: int, dim: int, alike: bool

@@ -345,6 +345,15 @@ CUDA_MUTANTS = [
            tests=HOPPER),
     Mutant("hopper: scales of the next tile", "cuda/sm90/score.cuh",
            "    ptx::fence_async();\n", "", tests=HOPPER),
+    Mutant("hopper: queries of the pair before", "cuda/sm90/load.cuh",
+           "shared.queries_empty.wait((number & 1U) ^ 1U);", ";"),
+    Mutant("hopper: scores of both rows of a tight pair in one place", "cuda/sm90/score.cuh",
+           "C::kTight && row == 0 ? first_chunk_ : chunk_turn_.buffer", "chunk_turn_.buffer"),
+    Mutant("hopper: a row that is let go of before it is searched", "cuda/sm90/select_row.cuh",
+           "  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);\n"
+           "  release();\n",
+           "  release();\n"
+           "  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);\n"),
     Mutant("hopper: heads of a pair's second row", "cuda/sm90/score.cuh",
            "queries_ + first * C::kHeads * C::kPitch", "queries_"),
     Mutant("hopper: ties of the bar", "cuda/sm90/candidates.cuh",

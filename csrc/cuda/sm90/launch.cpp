@@ -37,22 +37,24 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
   const int tile =
       tile_size(plan.group * heads, heads, row_bytes, shape.type, work == Work::kRefinePairs);
   plan.boxes = make_boxes(is_refine(work) ? shape.block_size : 0, tile);
-  const int groups = work == Work::kCoarse ? kMaxGroups : work == Work::kRefine ? 3 : 2;
+  const int most_groups = work == Work::kCoarse ? kMaxGroups : work == Work::kRefine ? 3 : 2;
 
-  const auto bytes = [&](int at_hand, int stages, int64_t chunk, bool marked, int64_t capacity) {
-    return make_layout(needs.fixed, plan.group, heads, row_bytes, at_hand, stages, plan.boxes,
-                       plan.chunks, chunk, marked, capacity)
+  const bool tight = is_tight(work, row_bytes);
+  const auto bytes = [&](int groups, int stages, int64_t chunk, bool marked, int64_t capacity) {
+    return make_layout(needs.fixed, plan.group, heads, row_bytes,
+                       at_hand(tight, plan.group, groups, plan.chunks, shape.topk), stages,
+                       plan.boxes, chunk, marked, capacity)
         .total;
   };
   // With as many stages as there is room for; whether there is room for the `least`.
-  const auto fits = [&](int at_hand, int least, int64_t chunk, bool marked, int64_t capacity) {
-    plan.groups = at_hand;
+  const auto fits = [&](int groups, int least, int64_t chunk, bool marked, int64_t capacity) {
+    plan.groups = groups;
     plan.chunk = chunk;
     plan.capacity = capacity;
     plan.on_chip = true;
     plan.stages = kMaxStages / needs.step * needs.step;
     for (; plan.stages >= least; plan.stages -= needs.step) {
-      plan.shared = bytes(at_hand, plan.stages, chunk, marked, capacity);
+      plan.shared = bytes(groups, plan.stages, chunk, marked, capacity);
       if (plan.shared <= limits.shared_block) return true;
     }
     return false;
@@ -69,10 +71,11 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
     const int enough = std::max(kEnoughStages, needs.stages);
     // Four chunks, so that each warp can have a row, or two.
     plan.chunks = kMaxChunks;
-    if (work == Work::kCoarse && candidates <= kFewBlocks && fits(groups, enough, whole, false, 0))
+    if (work == Work::kCoarse && candidates <= kFewBlocks &&
+        fits(most_groups, enough, whole, false, 0))
       return;
-    plan.chunks = 2;
-    if (fits(groups, enough, whole, false, 0) || fits(2, enough, whole, false, 0) ||
+    plan.chunks = tight ? kTightRows : 2;
+    if (fits(most_groups, enough, whole, false, 0) || fits(2, enough, whole, false, 0) ||
         fits(2, needs.stages, whole, false, 0))
       return;
     for (const int least : {enough, needs.stages})
@@ -99,9 +102,8 @@ Plan make_refine_plan(const Shape& shape, const DeviceLimits& limits, int64_t to
   const int64_t count = std::min(shape.topk, tokens);
   const int heads = static_cast<int>(shape.heads);
   const int tile = tile_size(2 * heads, heads, 0, shape.type, true);
-  if (has_pairs(heads, static_cast<int>(shape.dim), shape.type) && shape.block_size >= tile &&
-      shape.block_topk <= kPairBlocks && tokens <= kPairTiles * tile &&
-      shape.rows > limits.multiprocessors) {
+  if (has_pairs(heads) && shape.block_size >= tile && shape.block_topk <= kPairBlocks &&
+      tokens <= kPairTiles * tile && shape.rows > limits.multiprocessors) {
     const Plan plan = make_plan(shape, limits, Work::kRefinePairs, tokens, count);
     if (plan.chunk >= tokens) return plan;
   }

@@ -44,6 +44,7 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
   const int lane = static_cast<int>(threadIdx.x % 32);
   Turn turn{params.groups};
   for (uint32_t i = 0; i < loader; ++i) turn.next();
+  uint32_t number = loader;  // of the group
   for (int64_t g = last_group<C>(params) - int64_t{loader} * gridDim.x; g >= 0;
        g -= C::kLoaders * gridDim.x) {
     const int64_t m = g * C::kGroup;
@@ -94,15 +95,23 @@ __device__ void load_groups(const Params& params, const Memory<C>& memory, uint3
     }
     __syncwarp();
     if constexpr (C::kPairs) pair_blocks(params, group);
-    ptx::Barrier& full = shared.group_full[turn.buffer];
+    if constexpr (C::kTight) {
+      shared.group_full[turn.buffer].arrive();
+      // NOTE: those of the group before the last are done, as its buffer was waited for; so the
+      // barrier cannot be two phases behind, which it would not tell.
+      static_assert(C::kGroups == 2);
+      shared.queries_empty.wait((number & 1U) ^ 1U);
+      number += C::kLoaders;
+    }
+    ptx::Barrier& full = C::kTight ? shared.queries_full : shared.group_full[turn.buffer];
+    char* const to = memory.queries + (C::kTight ? 0 : turn.buffer * Memory<C>::kQueryBytes);
     if (!scored) {
       full.arrive();
     } else {
       full.arrive_and_expect(C::kColumns * C::kRowBytes);
       for (int panel = 0; lane == 0 && panel < C::kPanels; ++panel)
-        ptx::copy_box(
-            memory.queries + turn.buffer * Memory<C>::kQueryBytes + panel * C::kColumns * C::kPitch,
-            params.queries, full, panel * C::kPitch / C::kElement, 0, static_cast<int32_t>(m));
+        ptx::copy_box(to + panel * C::kColumns * C::kPitch, params.queries, full,
+                      panel * C::kPitch / C::kElement, 0, static_cast<int32_t>(m));
     }
     __syncwarp();
     for (int i = 0; i < C::kLoaders; ++i) turn.next();

@@ -32,9 +32,13 @@ inline constexpr Variant kVariants[] = {
     {16, 64}, {32, 64}, {64, 64}, {128, 64}, {16, 128}, {32, 128}, {64, 128}, {128, 128},
 };
 // Whether there is a kernel for pairs of rows: their heads have to fit into a product.
-constexpr bool has_pairs(int heads, int dim, ElementType type) {
-  return heads <= 64 && dim * element_size(type) <= 128;
+constexpr bool has_pairs(int heads) { return heads <= 64; }
+// Whether keys of a pair are so long that there is no room beside them for the queries of two pairs
+// and the scores of four rows: then of one, and of three. Rows of scores are used in turns.
+constexpr bool is_tight(Work work, int64_t row_bytes) {
+  return work == Work::kRefinePairs && row_bytes > 128;
 }
+inline constexpr int kTightRows = 3;
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {
   if (work == Work::kRefinePairs) return 2;
@@ -106,22 +110,37 @@ struct Params {
 // for 16 keys of all rows of a group.
 HISA_HOST_DEVICE constexpr int mark_words(int group) { return group > 2 ? group / 2 : 1; }
 
+// What is at hand at the same time.
+struct AtHand {
+  int64_t queries;  // of so many groups
+  int64_t chunks;  // of scores
+  int64_t rows;  // of all chunks together
+  int64_t chosen;  // numbers that a row selects, if they may not take the place of its scores
+};
+HISA_HOST_DEVICE constexpr AtHand at_hand(bool tight, int group, int64_t groups, int64_t chunks,
+                                          int64_t topk) {
+  return tight ? AtHand{1, chunks, chunks, (topk + 3) / 4 * 4}
+               : AtHand{groups, chunks, chunks * group, 0};
+}
+
 // Bytes from the start of shared memory on. Boxes are swizzled, so they begin at multiples of 1024.
 struct Layout {
-  int64_t queries, keys, scale, chunks, marks, buffers, total;
+  int64_t queries, keys, scale, chunks, chosen, marks, buffers, total;
 };
 HISA_HOST_DEVICE constexpr Layout make_layout(int64_t fixed, int group, int heads,
-                                              int64_t row_bytes, int64_t groups, int stages,
-                                              const Boxes& boxes, int chunks_at_hand, int64_t chunk,
-                                              bool marked, int64_t capacity) {
+                                              int64_t row_bytes, const AtHand& at_hand, int stages,
+                                              const Boxes& boxes, int64_t chunk, bool marked,
+                                              int64_t capacity) {
   const int64_t queries = (fixed + 1023) / 1024 * 1024;
-  const int64_t keys = queries + groups * ((group * heads * row_bytes + 1023) / 1024 * 1024);
+  const int64_t keys =
+      queries + at_hand.queries * ((group * heads * row_bytes + 1023) / 1024 * 1024);
   const int64_t scale = keys + stages * int64_t{boxes.keys * boxes.number} * row_bytes;
   const int64_t chunks = scale + stages * int64_t{boxes.tile} * 4;
-  const int64_t marks = chunks + chunks_at_hand * group * chunk * 4;
+  const int64_t chosen = chunks + at_hand.rows * chunk * 4;
+  const int64_t marks = chosen + at_hand.chosen * 4;
   const int64_t buffers =
-      marks + (marked ? chunks_at_hand * chunk / 16 * mark_words(group) * 4 : 0);
-  return {queries, keys, scale, chunks, marks, buffers, buffers + group * 2 * capacity * 4};
+      marks + (marked ? at_hand.chunks * chunk / 16 * mark_words(group) * 4 : 0);
+  return {queries, keys, scale, chunks, chosen, marks, buffers, buffers + group * 2 * capacity * 4};
 }
 
 }  // namespace hisa::cuda::sm90

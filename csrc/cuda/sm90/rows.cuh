@@ -87,8 +87,7 @@ auto with_config(int64_t heads, int64_t dim, Work work, Use use) {
   decltype(use(Config<kType, 64, 128, 1>{})) result{};
   const auto of_work = [&]<int kHeads, int kDim>() {
     if (work == Work::kRefinePairs) {
-      if constexpr (has_pairs(kHeads, kDim, kType))
-        result = use(Config<kType, kHeads, kDim, 2, true>{});
+      if constexpr (has_pairs(kHeads)) result = use(Config<kType, kHeads, kDim, 2, true>{});
     } else if (work == Work::kRefinePages) {
       result = use(Config<kType, kHeads, kDim, 1, false, true>{});
     } else if (work == Work::kRefine) {

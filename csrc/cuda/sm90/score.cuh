@@ -53,11 +53,16 @@ class Scorer {
   __device__ void run() {
     Shared<C>& shared = memory_.shared;
     Turn group_turn{params_.groups};
+    Turn query_turn{1};
     for (int64_t g = last_group<C>(params_); g >= 0; g -= gridDim.x, group_turn.next()) {
       shared.group_full[group_turn.buffer].wait(group_turn.phase);
       const Group<C>& group = shared.groups[group_turn.buffer];
       const uint32_t tiles = __shfl_sync(~0U, group.tiles, 0);
-      queries_ = ptx::shared_address(memory_.queries) + group_turn.buffer * Memory<C>::kQueryBytes;
+      queries_ = ptx::shared_address(memory_.queries);
+      if constexpr (C::kTight)
+        shared.queries_full.wait(query_turn.phase);
+      else
+        queries_ += group_turn.buffer * Memory<C>::kQueryBytes;
       if constexpr (C::kPairs)
         score_pair(group, tiles);
       else if (params_.rows.capacity > 0)
@@ -65,6 +70,10 @@ class Scorer {
       else
         score_chunks<false>(group, tiles);
       group_tile_ += tiles;
+      if constexpr (C::kTight) {
+        shared.queries_empty.arrive();
+        query_turn.next();
+      }
       shared.group_empty[group_turn.buffer].arrive();
     }
   }
@@ -96,11 +105,20 @@ class Scorer {
   // Two rows: the tiles that they have in common, then those of each.
   __device__ __forceinline__ void score_pair(const Group<C>& group, uint32_t tiles) {
     if (tiles == 0) return;
-    memory_.shared.chunk_empty[chunk_turn_.buffer].wait(chunk_turn_.phase ^ 1U);
+    Shared<C>& shared = memory_.shared;
+    shared.chunk_empty[chunk_turn_.buffer].wait(chunk_turn_.phase ^ 1U);
+    first_chunk_ = chunk_turn_.buffer;
+    if constexpr (C::kTight) {
+      chunk_turn_.next();
+      shared.chunk_empty[chunk_turn_.buffer].wait(chunk_turn_.phase ^ 1U);
+    }
     score_kind<2>(group, 0, 0);
 #pragma unroll 1
-    for (int row = 0; row < 2; ++row) score_kind<1>(group, row, row + 1);
-    memory_.shared.chunk_full[chunk_turn_.buffer].arrive();
+    for (int row = 0; row < 2; ++row) {
+      score_kind<1>(group, row, row + 1);
+      if (C::kTight && row == 0) shared.chunk_full[first_chunk_].arrive();
+    }
+    shared.chunk_full[chunk_turn_.buffer].arrive();
     chunk_turn_.next();
   }
 
@@ -139,7 +157,8 @@ class Scorer {
     const Boxes& boxes = params_.boxes;
     const auto key = static_cast<uint32_t>(own.key(i));
     own.least[i] = static_cast<int32_t>(skipped - key);
-    own.out[i] = ptx::shared_address(memory_.chunk(chunk_turn_.buffer, row, params_.rows.chunk)) -
+    const uint32_t chunk = C::kTight && row == 0 ? first_chunk_ : chunk_turn_.buffer;
+    own.out[i] = ptx::shared_address(memory_.chunk(chunk, row, params_.rows.chunk)) -
                  static_cast<uint32_t>(own.least[i]) * 4;
     if constexpr (C::kSpan == 2)
       own.scale[i] =
@@ -303,6 +322,7 @@ class Scorer {
   uint32_t phase_ = 0;
   uint32_t group_tile_ = 0;  // the group's first
   Turn chunk_turn_;
+  uint32_t first_chunk_ = 0;  // kTight: that of the first row; the second one's is chunk_turn_
   const uint32_t keys_;  // all stages, in shared memory
   uint32_t queries_;  // of the group
   bool huge_ = false;

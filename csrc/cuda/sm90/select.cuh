@@ -44,13 +44,25 @@ class Selector {
       shared.group_full[group_turn.buffer].wait(group_turn.phase);
       const Group<C>& group = shared.groups[group_turn.buffer];
       if (group.size > 0) {
-        shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
+        const auto release = [&] { shared.chunk_empty[chunk_turn.buffer].arrive(); };
 #pragma unroll 1
-        for (int row = 0; row < C::kGroup; ++row)
-          if (group.rows[row].scored)
-            write(group.rows[row].stage, memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk));
-        shared.chunk_empty[chunk_turn.buffer].arrive();
-        chunk_turn.next();
+        for (int row = 0; row < C::kGroup; ++row) {
+          if (C::kTight || row == 0) shared.chunk_full[chunk_turn.buffer].wait(chunk_turn.phase);
+          float* const scores = memory_.chunk(chunk_turn.buffer, row, params_.rows.chunk);
+          if constexpr (C::kTight) {
+            if (group.rows[row].scored)
+              write(group.rows[row].stage, scores, memory_.chosen, release);
+            else
+              release();
+            chunk_turn.next();
+          } else if (group.rows[row].scored) {
+            write(group.rows[row].stage, scores, nullptr, [] {});
+          }
+        }
+        if constexpr (!C::kTight) {
+          release();
+          chunk_turn.next();
+        }
       }
       finish_rows(params_, group);
       sync_selectors();
@@ -59,18 +71,21 @@ class Selector {
   }
 
  private:
-  __device__ __forceinline__ void write(const Stage& stage, float* scores) const {
+  template <class Release>
+  __device__ __forceinline__ void write(const Stage& stage, float* scores, int32_t* chosen,
+                                        Release release) const {
     using Few = Held<4>;
     using Many = Held<16>;
     using Any = Stored;
+    static_assert(kPairTiles * 64 <= Many::kMost);
     Counts& counts = memory_.shared.counts;
     const uint32_t n = stage.source.size;
     if (n <= Few::kMost)
-      write_best<Few>(counts, stage, scores, nullptr, n, NAN);
-    else if (n <= Many::kMost)
-      write_best<Many>(counts, stage, scores, nullptr, n, NAN);
+      write_best<Few>(counts, stage, scores, nullptr, n, NAN, chosen, release);
+    else if (C::kPairs || n <= Many::kMost)
+      write_best<Many>(counts, stage, scores, nullptr, n, NAN, chosen, release);
     else
-      write_best<Any>(counts, stage, scores, nullptr, n, NAN);
+      write_best<Any>(counts, stage, scores, nullptr, n, NAN, chosen, release);
   }
 
   const Params& params_;

@@ -139,11 +139,14 @@ class ChunkSelector {
     Counts& counts = memory_.shared.counts;
     const uint32_t n = buffer.size;
     if (on_chip() && n <= Few::kMost)
-      write_best<Few>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed());
+      write_best<Few>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed(), nullptr,
+                      [] {});
     else if (on_chip() && n <= Several::kMost)
-      write_best<Several>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed());
+      write_best<Several>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed(),
+                          nullptr, [] {});
     else
-      write_best<Any>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed());
+      write_best<Any>(counts, stage, buffer.scores, buffer.positions, n, buffer.passed(), nullptr,
+                      [] {});
   }
 
   const Params& params_;

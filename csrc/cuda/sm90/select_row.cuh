@@ -27,15 +27,20 @@ __device__ __forceinline__ void write_values(const Stage& stage, const int32_t* 
   }
 }
 
-// Write the best `count` of a stage: of scores [n], of the given positions or, without, of all. The
-// scores are overwritten. All threads call it, after a barrier; it ends with one.
-template <class Scores>
+// Write the best `count` of a stage: of scores [n], of the given positions or, without, of all.
+// Their numbers are first written to `chosen`, in place of the scores if it is null; otherwise the
+// scores are not needed any more when each warp calls `release`, if they are Held. All threads call
+// it, after a barrier; it ends with one.
+template <class Scores, class Release>
 __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, float* scores,
-                                           const int32_t* positions, uint32_t n, float passed) {
+                                           const int32_t* positions, uint32_t n, float passed,
+                                           int32_t* chosen, Release release) {
   pad(scores, nullptr, n);
   Scores all(typename Scores::template Array<float>(scores), n);
   const Stored stored(AnyArray<float>(scores), n);
-  const uint32_t found = all.pass(counts, find_cut(counts, all, stored, n, stage.count, 0, passed));
+  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);
+  release();
+  const uint32_t found = all.pass(counts, cut);
   sync_selectors();
   if (stage.scores != nullptr) {
     all.for_slabs(counts, Nothing{},
@@ -44,8 +49,8 @@ __device__ __forceinline__ void write_best(Counts& counts, const Stage& stage, f
                   });
     sync_selectors();  // Stored counts again
   }
-  // First their numbers, in place of the scores, so that adjacent threads write adjacent values.
-  auto* chosen = reinterpret_cast<int32_t*>(scores);
+  // First their numbers, so that adjacent threads write adjacent values.
+  if (chosen == nullptr) chosen = reinterpret_cast<int32_t*>(scores);
   const typename Scores::template Array<int32_t> numbers(chosen);
   all.for_slabs(counts, Nothing{},
                 [&](int, uint32_t at, const float (&)[4], uint32_t bits, uint32_t first) {

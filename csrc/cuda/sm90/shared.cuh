@@ -30,6 +30,7 @@ struct Config {
   static constexpr bool kWide = has_wide_products(kColumns, kHeads, kType);
   static constexpr int kElement = static_cast<int>(element_size(kType));
   static constexpr int kRowBytes = kDim * kElement;  // of a key
+  static constexpr bool kTight = kPairs && is_tight(Work::kRefinePairs, kRowBytes);
   static constexpr int kTile = tile_size(kColumns, kHeads, kRowBytes, kType, kPairs);
   static constexpr int kPitch = kRowBytes < 128 ? kRowBytes : 128;  // of a panel
   static constexpr int kPanels = kRowBytes / kPitch;  // channels of a key, one after the other
@@ -125,6 +126,7 @@ struct Shared {
   float bars[kMaxChunks][C::kGroup];  // that scores of a chunk need not be marked below; NaN: none
   uint32_t votes;  // see pairs_pay()
   ptx::Barrier group_full[C::kGroups], group_empty[C::kGroups];
+  ptx::Barrier queries_full, queries_empty;  // kTight: apart from the rest of a group
   ptx::Barrier chunk_full[kMaxChunks], chunk_empty[kMaxChunks];
   ptx::Barrier tile_full[kMaxStages], tile_empty[kMaxStages];
 
@@ -135,6 +137,8 @@ struct Shared {
       group_full[i].init(1);
       group_empty[i].init(kScorerWarps + kSelectorWarps + C::kCopiers);
     }
+    queries_full.init(1);
+    queries_empty.init(kScorerWarps);
     for (int i = 0; i < kMaxChunks; ++i) {
       chunk_full[i].init(kScorerWarps);
       chunk_empty[i].init(kSelectorWarps);
@@ -153,10 +157,11 @@ struct Shared {
 template <class C>
 struct Memory {
   Shared<C>& shared;
-  char* queries;  // [groups] of kQueryBytes
+  char* queries;  // [groups] of kQueryBytes; kTight: of one
   char* keys;  // [stages] of kTileBytes
   float* scale;  // [stages, boxes.tile]
-  float* chunks;  // [chunks at hand, kGroup, chunk]
+  float* chunks;  // [chunks at hand, kGroup, chunk]; kTight: of a row each
+  int32_t* chosen;  // [topk], kTight only
   uint32_t* marks;  // [chunks at hand, chunk / 16, kMarkWords], see Scorer::add_up()
   float* buffers;  // [kGroup, 2, capacity]
 
@@ -168,13 +173,15 @@ struct Memory {
       : shared(*reinterpret_cast<Shared<C>*>(start)) {
     const RowsParams& rows = params.rows;
     const Layout at =
-        make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes, params.groups,
-                    params.stages, params.boxes, params.chunks, rows.chunk, rows.capacity > 0,
+        make_layout(sizeof(Shared<C>), C::kGroup, C::kHeads, C::kRowBytes,
+                    at_hand(C::kTight, C::kGroup, params.groups, params.chunks, rows.output.topk),
+                    params.stages, params.boxes, rows.chunk, rows.capacity > 0,
                     rows.workspace == nullptr ? rows.capacity : 0);
     queries = start + at.queries;
     keys = start + at.keys;
     scale = reinterpret_cast<float*>(start + at.scale);
     chunks = reinterpret_cast<float*>(start + at.chunks);
+    chosen = reinterpret_cast<int32_t*>(start + at.chosen);
     marks = reinterpret_cast<uint32_t*>(start + at.marks);
     buffers = reinterpret_cast<float*>(rows.workspace == nullptr
                                            ? start + at.buffers
@@ -182,7 +189,7 @@ struct Memory {
                                                                   rows.capacity * int64_t{4});
   }
   __device__ float* chunk(uint32_t i, int row, int64_t size) const {
-    return chunks + (i * C::kGroup + row) * size;
+    return chunks + (C::kTight ? i : i * C::kGroup + row) * size;
   }
   __device__ uint32_t* chunk_marks(uint32_t i, int64_t size) const {
     return marks + i * (size / 16 * kMarkWords);
