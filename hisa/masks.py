@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +25,27 @@ from .around import mask_windows
 from .transfer import download
 from .windows import Windows, entry_origins
 
-Scan = Callable[[], Windows | str]  # waits for the device: a mask's fate is decided on the host
+
+class Scan(NamedTuple):
+    """A look at a mask that has begun."""
+
+    wait: Callable[[], Windows | str]  # for the result; what becomes of it is decided on the host
+    pending: bool  # whether the device is at it
 
 
 def scan(mask: Tensor | None, batch: int, queries: int) -> Windows | str:
     """Find the window of every query, or say in a few words why there is none."""
-    return begin_scan(mask, batch, queries)()
+    return begin_scan(mask, batch, queries).wait()
 
 
 def begin_scan(mask: Tensor | None, batch: int, queries: int) -> Scan:
-    """Let the device look at a mask; what is returned gives what `scan` does, when it is there."""
+    """Do as `scan` does, but let the device look at the mask while the host goes on."""
     if mask is None:
-        return lambda: "no attention mask"
+        return Scan(lambda: "no attention mask", pending=False)
     if mask.is_meta or isinstance(mask, FakeTensor):
-        return lambda: "attention mask without data"
+        return Scan(lambda: "attention mask without data", pending=False)
     if reason := misfit(mask, batch, queries):
-        return lambda: reason
+        return Scan(lambda: reason, pending=False)
     ks, ke, summary = mask_windows(mask[:1] if mask.stride(0) == 0 else mask)
     found, keys = download(summary), mask.shape[2]
 
@@ -58,7 +63,7 @@ def begin_scan(mask: Tensor | None, batch: int, queries: int) -> Scan:
         kept[1:] &= starts[1:] != starts[:-1]
         return replace(windows, cu_seqlens_k=torch.cat([starts[kept], windows.cu_seqlens_k[-1:]]))
 
-    return finish
+    return Scan(finish, pending=mask.is_cuda)
 
 
 def trace(mask: Tensor | None, batch: int, queries: int) -> Windows | str:

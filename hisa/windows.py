@@ -58,7 +58,8 @@ class Windows:
         if not self.can_prune(block_size, block_topk):
             return lambda: 0
         if self.measured and self.ks.numel() == 1:  # blocks tile the only window from its start
-            return lambda: int(self.longest > block_topk * block_size)
+            pruned = int(self.longest > block_topk * block_size)
+            return lambda: pruned  # without the tensors
 
         def begin() -> Callable[[], int]:
             starts = self.cu_seqlens_k[:-1]

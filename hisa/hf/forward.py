@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,7 @@ class PatchedForward(Replacement):
         "_calls",
         "_count_last",
         "_fallbacks",
+        "_last_had_windows",
         "_pruned_rows",
         "_rows",
         "audit",
@@ -103,6 +105,7 @@ class PatchedForward(Replacement):
         self._calls = self._rows = self._pruned_rows = 0
         self._count_last: Callable[[], int] = lambda: 0  # pruned rows of the last call
         self._fallbacks: Counter[str] = Counter()
+        self._last_had_windows = False  # the last call's mask
 
     @torch.no_grad()
     def __call__(
@@ -171,12 +174,16 @@ class PatchedForward(Replacement):
         """Select with what is known of the mask and the cache on the host."""
         own = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
         shared, (batch, queries) = self.shared, hidden_states.shape[:2]
-        find_windows = shared.windows.begin(attention_mask, batch, queries, self.layer)
+        scan = shared.windows.begin(attention_mask, batch, queries, self.layer)
         projections = self._projections(hidden_states, q_resid, position_embeddings)
-        if not self._fallbacks:  # which would not need them
-            projections.begin()  # so that the device does not wait while the host does
-        windows = find_windows()
+        # So that the device has something to do. Not if the call may well fall back: that would
+        # waste it, and with dropout random numbers too.
+        if scan.pending and self._last_had_windows and not self.module.training:
+            projections.begin()
+        windows = scan.wait()
+        self._last_had_windows = not isinstance(windows, str)
         if isinstance(windows, str):
+            del projections
             self._count_fallback(windows)
             return cast(Tensor, self.original(*own))
 
@@ -217,15 +224,17 @@ class PatchedForward(Replacement):
         )
 
     def status(self) -> LayerStatus:
-        """Return a snapshot of this layer's counters."""
+        """Return a snapshot of this layer's counters. Waits for the device."""
         with self.shared.lock:
-            return LayerStatus(
+            count_last = self._count_last
+            now = LayerStatus(
                 name=self.name,
                 state="patched" if self.installed else "removed",
                 calls=self._calls,
                 rows=self._rows,
-                pruned_rows=self._pruned_rows + self._count_last(),
+                pruned_rows=self._pruned_rows,
                 fallbacks=dict(self._fallbacks),
                 escalated_rows=None if self.exact is None else self.exact.escalated(),
                 reused=self.kept.reused,
             )
+        return replace(now, pruned_rows=now.pruned_rows + count_last())

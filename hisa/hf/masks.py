@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hisa.masks import Scan, begin_scan, knows, scan, trace
 from hisa.windows import Windows
 
-__all__ = ["Scan", "WindowCache", "Windows", "scan", "trace"]
+__all__ = ["Scan", "WindowCache", "Windows", "begin_scan", "scan", "trace"]
 
 # NOTE: here, since `import hisa` alone is to be without torch's compiler.
 torch.compiler.assume_constant_result(knows)
@@ -61,7 +61,7 @@ class WindowCache:
 
     def get(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Windows | str:
         """Return the windows of `mask`, or why there are none, for layer number `layer`."""
-        return self.begin(mask, batch, queries, layer)()
+        return self.begin(mask, batch, queries, layer).wait()
 
     def begin(self, mask: Tensor | None, batch: int, queries: int, layer: int) -> Scan:
         """Do as `get` does, but wait for the device only when the result is asked for, once."""
@@ -72,16 +72,16 @@ class WindowCache:
         if last is not None and last.fits(mask, view, layer):
             last.served.add(layer)
             result = last.result
-            return lambda: result
+            return Scan(lambda: result, pending=False)
         storage = StorageWeakRef(mask.untyped_storage())
         scan = self._scan(mask, batch, queries)
 
         def finish() -> Windows | str:
-            found = scan()
+            found = scan.wait()
             self._local.last = _Scanned(storage, view, found, {layer})
             return found
 
-        return finish
+        return Scan(finish, scan.pending)
 
     def _scan(self, mask: Tensor | None, batch: int, queries: int) -> Scan:
         with self._lock:

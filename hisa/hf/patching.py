@@ -59,7 +59,10 @@ class PatchHandle:
             self._shared.warn_if_never_pruned()
 
     def status(self) -> Status:
-        """Return what each layer did since it was patched. `print` shows it as a table."""
+        """Return what each layer did since it was patched. `print` shows it as a table.
+
+        Waits for the device.
+        """
         patched = tuple(forward.status() for forward in self._forwards)
         shared = tuple(LayerStatus(name, "shared") for name in self._others)
         return Status(self.settings, patched + shared, self._shared.windows.scans, self._audit)

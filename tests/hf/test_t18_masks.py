@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import hisa
+from hisa.hf import masks
 from hisa.hf.masks import WindowCache, Windows, scan
-from tests.hf.models import PRUNING, cached, tokens
+from tests.hf.models import PRUNING, build, cached, indexers, tokens
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -170,6 +171,75 @@ def test_holes_fall_back_with_one_warning(deepseek: Any) -> None:
         assert layer.fallbacks == {"attention mask with a row that is not one range": 2}
         assert layer.calls == 3 and layer.rows == 120
     assert "2 x attention mask" in str(status)
+
+
+@pytest.fixture
+def looking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every look at a mask take a while, as on a GPU; returns what happens, in order."""
+    begin, events = masks.begin_scan, list[str]()
+
+    def begin_slowly(*mask: Any) -> masks.Scan:
+        def wait() -> Windows | str:
+            events.append("wait")
+            return looked.wait()
+
+        looked = begin(*mask)
+        return masks.Scan(wait, pending=True)
+
+    monkeypatch.setattr(masks, "begin_scan", begin_slowly)
+    return events
+
+
+def watched(model: Any, events: list[str]) -> Any:
+    """Note in `events` when the first indexer's queries are projected."""
+    projection = indexers(model)[0].wq_b
+    return projection.register_forward_hook(lambda *_: events.append("project"))
+
+
+def test_projects_while_the_device_looks(deepseek: Any, looking: list[str]) -> None:
+    """But not before a mask is known to have windows, nor where there may be dropout."""
+    ids = tokens(2, 60)
+    with hisa.patch(deepseek, **PRUNING), watched(deepseek, looking):
+        results = [deepseek(ids).logits for _ in range(3)]
+        assert looking == ["wait", "project", "project", "wait", "project", "wait"]
+        looking.clear()
+        deepseek.train()
+        results.append(deepseek(ids).logits)
+        deepseek.eval()
+        assert looking == ["wait", "project"]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_fallback_projects_once_and_caches_once(generator: Any, looking: list[str]) -> None:
+    """Unless the call before it had windows; then twice, for the same result.
+
+    Integration bugs: a fallback that nothing tests.
+    """
+    ids = tokens(2, 60)
+    holes = torch.ones(60, 60).bool().tril()
+    holes[40:, 10:13] = False
+    holes = holes.expand(2, 1, -1, -1)
+    own = generator(ids, attention_mask=holes).logits
+    with hisa.patch(generator, **PRUNING), watched(generator, looking):
+        with pytest.warns(UserWarning, match="not one range"):
+            assert torch.equal(generator(ids, attention_mask=holes).logits, own)
+        assert looking == ["wait", "project"]
+        generator(ids)
+        past: Any = transformers.DynamicCache(config=generator.config)
+        looking.clear()
+        assert torch.equal(
+            generator(ids, attention_mask=holes, **cached(generator, past)).logits, own
+        )
+        assert looking == ["project", "wait", "project"]
+        assert past.layers[0].indexer_keys.shape[1] == 60
+
+
+def test_a_model_without_data_falls_back() -> None:
+    model = build("deepseek_v32").to("meta", torch.bfloat16)
+    with hisa.patch(model, **PRUNING) as handle:
+        with pytest.warns(UserWarning, match="without data"):
+            assert model(tokens(2, 60).to("meta")).logits.is_meta
+        assert all(layer.fallbacks for layer in handle.status().layers)
 
 
 def test_one_scan_per_model_forward(generator: Any) -> None:

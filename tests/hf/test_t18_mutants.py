@@ -92,7 +92,8 @@ def change_weights(change: Callable[[Tensor], Tensor]) -> Mutation:
 def change_windows(change: Callable[[masks.Windows], masks.Windows]) -> Mutation:
     def mutate(patcher: pytest.MonkeyPatch) -> None:
         def begin_scan(*mask: Any) -> masks.Scan:
-            return lambda: change(masks.scan(*mask))  # type: ignore[arg-type]
+            changed = change(masks.scan(*mask))  # type: ignore[arg-type]
+            return masks.Scan(lambda: changed, pending=False)
 
         patcher.setattr(masks, "begin_scan", begin_scan)
 
