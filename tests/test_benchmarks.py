@@ -17,7 +17,7 @@ from torch import Tensor
 import hisa
 from benchmarks import deepgemm_peer, report, summary, tilelang_peer
 from benchmarks.__main__ import find_cases, parse
-from benchmarks.cases import cuda_decode_module, cuda_prefill, decode_module
+from benchmarks.cases import cuda_decode, cuda_decode_module, cuda_prefill, decode_module
 from benchmarks.harness import Bench, Measurement
 from benchmarks.inputs import causal, overlap, torch_flat
 from hisa import reference_paged
@@ -272,6 +272,19 @@ def test_the_summary_shows_the_peer_where_it_ran(tmp_path: Path, measured: bool)
                      "2.00 s, 2.0x", "cuda_prefill")  # fmt: skip
     assert memory[0] == "memory of 8 x 8, H=2, random, portable"
     assert memory[1:3] == ("1.00 GiB", "1.00 GiB" if measured else "")
+
+
+def test_the_summary_shows_calls_alone_and_together(tmp_path: Path) -> None:
+    """What one of many takes is theirs, divided; a peer that waits for the host has no ratio."""
+    shape: report.Record = {"batch": 2, "tokens": 8, "next_n": 1}
+    medians = {"hisa.paged_index": 2e-5, f"hisa.paged_index{cuda_decode.TOGETHER}": 16e-5,
+               "TileLang": 9e-4, "flat": 6e-5}  # fmt: skip
+    records = [{"peer": peer, "median_s": median, **shape} for peer, median in medians.items()]
+    report.write_csv(tmp_path / "cuda_decode.csv", records)
+    assert summary.decode_rows(tmp_path) == [
+        ("decode, 2 x 8 tokens, paged", "20.0 us; 10.0 us each of 16 in a graph",
+         "TileLang: 900 us; flat: 60.0 us", "3.0x time", "cuda_decode")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

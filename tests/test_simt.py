@@ -329,13 +329,14 @@ def test_rows_where_sums_round(
                 assert same_bytes(mine, want[rows])
 
 
-# What of test_t02_pruned_rows each emulated call has: block size, blocks kept, topk.
-PRUNED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
-    "alone": ({"multiprocessors": 8}, (64, 30, 300)),
-    "pairs": ({"multiprocessors": 1}, (64, 30, 300)),
-    "chunks": ({"multiprocessors": 8, "shared": 120_000}, (128, 96, 999)),
-    "cluster": ({"split": 2}, (64, 30, 300)),
-    "few tokens": ({"split": 2}, (64, 5, 310)),
+# What of test_t02_pruned_rows each emulated call has: block size, blocks kept, topk; rows; kernel.
+PRUNED: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, tuple[Any, ...]]] = {
+    "alone": ({"multiprocessors": 8}, (64, 30, 300), 3, (FP8, 16, 64)),
+    "pairs": ({"multiprocessors": 1}, (64, 30, 300), 3, (FP8, 16, 64)),
+    "long keys": ({"multiprocessors": 1}, (64, 10, 300), 7, (BF16, 16, 128)),
+    "chunks": ({"multiprocessors": 8, "shared": 120_000}, (128, 96, 999), 3, (FP8, 16, 64)),
+    "cluster": ({"split": 2}, (64, 30, 300), 3, (FP8, 16, 64)),
+    "few tokens": ({"split": 2}, (64, 5, 310), 3, (FP8, 16, 64)),
 }
 
 
@@ -350,11 +351,11 @@ def adversarial() -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "name"), adversarial())
 def test_adversarial_rows(library: ctypes.CDLL, kind: str, name: str) -> None:
-    """T2: tokens of kept blocks, three rows; blocks, by one warp or by a cluster."""
-    options, layout = PRUNED[kind]
+    """T2: tokens of kept blocks, a few rows; blocks, by one warp or by a cluster."""
+    options, layout, rows, kernel = PRUNED[kind]
     hopper = Hopper(library, **options)
-    check_tokens(hopper, name, layout, 3, FP8, 16, 64)
-    check_blocks(hopper, name, 300, 40, FP8, 16, 64)
+    check_tokens(hopper, name, layout, rows, *kernel)
+    check_blocks(hopper, name, 300, 40, *kernel)
 
 
 # Heads and channels of every instance of the portable kernels.

@@ -41,8 +41,9 @@ One launch per call. What limits a single row is latency, 27,000 cycles of it: i
 length and table, for the numbers of pooled keys, for these, for tokens' keys; two exchanges between
 16 multiprocessors, two selections; and 2.8 us for the launch of any graph. `docs/kernels.md` says
 what each step takes, and lists the designs tried, from 55 us on. Many rows are limited by how fast
-a multiprocessor adds up products. One of 16 in a graph takes 4 us less, or 2: the launch of the
-graph is paid once, and a call of `paged_index` gets ready while the one before it ends.
+a multiprocessor adds up products. One of 16 in a graph takes 4 to 5 us less, of `append` 2 or more:
+the launch of the graph is paid once, and a call of `paged_index` gets ready while the one before it
+ends.
 
 `append`: each sequence is at another place of its block, so that one of 128 completes it;
 `append, all complete`: all of them do, as in a batch that began together."""

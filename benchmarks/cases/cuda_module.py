@@ -29,11 +29,11 @@ OWN_BYTES = 130 * 2**30  # what Hugging Face's module takes for 16384 tokens
 LIMIT = """
 What limits the patched module at 16K tokens, by torch's profiler, ms: of fp8's kernels hisa.index
 takes 1.9, projections 0.67, turning and quantising queries and keys 0.25, the mask [S, S], read
-once, 0.07; of bf16's, row by row, 3.1, 0.71, 0.18 and 0.07. What is left of a call, 0.3, are gaps
-before the first long projection and before hisa.index, in which the host launches short kernels.
-Before, the device waited twice for what the host wanted to know of the mask, 0.5 and 0.15: now it
-projects meanwhile, and pruned rows are counted later. Tried for queries: torch's operators 3.5; one
-kernel, conversions one by one 0.7; its loads apart, two conversions at a time 0.25."""
+once, 0.07; of bf16's, row by row, 3.1, 0.71, 0.18 and 0.07. What is left of a call, 0.5 and 0.3,
+are gaps before the first long projection and before hisa.index, in which the host launches short
+kernels. Before, the device waited twice for what the host wanted to know of the mask, 0.5 and 0.15:
+now it projects meanwhile, and pruned rows are counted later. Tried for queries: torch's operators
+3.5; one kernel, conversions one by one 0.7; its loads apart, two conversions at a time 0.25."""
 
 
 def build(peer: str, *, keys: int) -> Callable[[], Tensor]:

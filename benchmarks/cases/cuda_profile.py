@@ -42,7 +42,7 @@ SHARES = {
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "second": 1.0, "msecond": 1e-3,
            "usecond": 1e-6, "nsecond": 1e-9}  # fmt: skip
 HERTZ = {"Ghz": 1e9, "GHz": 1e9, "Mhz": 1e6, "MHz": 1e6, "hz": 1.0, "Hz": 1.0}
-SMALLEST = 0.006  # of a call's time: kernels that are listed
+SMALLEST = 0.006  # of a call's time: kernels that are listed, not one that ends at once
 RATES = {torch.float8_e4m3fn: 4096, torch.bfloat16: 2048}  # multiply-adds of a cycle
 
 Kernel = dict[str, float | str]  # its name, TIME, CLOCK and SHARES

@@ -29,6 +29,7 @@ SPLIT = ("tests/test_split.py", "tests/test_cuda_hopper.py", "tests/test_paged.p
 PARTS = ("tests/test_split_portable.py", "tests/test_t03_window_edges.py", "--families",
          "cuda-portable")  # fmt: skip
 HOPPER = ("tests/test_cuda_hopper.py",)
+PAIRS = (*HOPPER, "tests/test_t02_pruned_rows.py")
 PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
 
 MUTANTS = [
@@ -346,14 +347,16 @@ CUDA_MUTANTS = [
     Mutant("hopper: scales of the next tile", "cuda/sm90/score.cuh",
            "    ptx::fence_async();\n", "", tests=HOPPER),
     Mutant("hopper: queries of the pair before", "cuda/sm90/load.cuh",
-           "shared.queries_empty.wait((number & 1U) ^ 1U);", ";"),
+           "shared.queries_empty.wait((number & 1U) ^ 1U);", ";", tests=PAIRS),
     Mutant("hopper: scores of both rows of a tight pair in one place", "cuda/sm90/score.cuh",
-           "C::kTight && row == 0 ? first_chunk_ : chunk_turn_.buffer", "chunk_turn_.buffer"),
+           "C::kTight && row == 0 ? first_chunk_ : chunk_turn_.buffer", "chunk_turn_.buffer",
+           tests=PAIRS),
     Mutant("hopper: a row that is let go of before it is searched", "cuda/sm90/select_row.cuh",
            "  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);\n"
            "  release();\n",
            "  release();\n"
-           "  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);\n"),
+           "  const Cut cut = find_cut(counts, all, stored, n, stage.count, 0, passed);\n",
+           tests=PAIRS),
     Mutant("hopper: heads of a pair's second row", "cuda/sm90/score.cuh",
            "queries_ + first * C::kHeads * C::kPitch", "queries_"),
     Mutant("hopper: ties of the bar", "cuda/sm90/candidates.cuh",

@@ -39,6 +39,7 @@ constexpr bool is_tight(Work work, int64_t row_bytes) {
   return work == Work::kRefinePairs && row_bytes > 128;
 }
 inline constexpr int kTightRows = 3;
+static_assert(kTightRows >= 2 && kTightRows <= kMaxChunks, "a pair waits for two at once");
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.
 constexpr int group_size(int heads, int dim, ElementType type, Work work) {
   if (work == Work::kRefinePairs) return 2;

@@ -6,7 +6,8 @@
 //   selector   warpgroup  what is best of a chunk, and of a row; writes the result
 //
 // There are several groups, and two chunks of scores, so a row's selection runs while the next row
-// is scored, and a third is loaded.
+// is scored, and a third is loaded. Where there is no room for these (kTight), queries have
+// barriers of their own, and chunks are of a row each.
 #pragma once
 
 #include <numeric>
