@@ -18,7 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.mutants.catalogue import CUDA_MUTANTS, MUTANTS, Mutant, mutated
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.catalogue_cuda import CUDA_MUTANTS
+from tests.mutants.catalogue_hopper import HOPPER_MUTANTS
+from tests.mutants.mutant import Mutant, mutated
 from tests.mutants.parallel import run_all
 from tests.test_build import copy_tree
 
@@ -81,7 +84,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         mutant
-        for mutant in (CUDA_MUTANTS if options.cuda else MUTANTS)
+        for mutant in ([*CUDA_MUTANTS, *HOPPER_MUTANTS] if options.cuda else MUTANTS)
         if not options.names or any(name in mutant.name for name in options.names)
     ]
     tree = options.tree or Path(tempfile.mkdtemp(prefix="hisa-mutants-"), "tree")

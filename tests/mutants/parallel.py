@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.mutants.catalogue import Mutant, mutated
+from tests.mutants.mutant import Mutant, mutated
 
 TIMEOUT = 300  # seconds for the tests of one mutant
 
