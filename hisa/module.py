@@ -37,8 +37,6 @@ Some = slice | None  # of a call's rows; None: all of them, as in decoding
 Rows = Callable[[Some], tuple[Tensor, Tensor]]  # rows -> q [B, r, H, D], weights [B, r, H]
 Finish = Callable[[Tensor, Some], Tensor]  # indices [B * r, k], rows -> what is returned for them
 Index = Callable[..., Tensor]  # the arguments and the result of `hisa.index`
-
-
 Prepare = Callable[[Tensor, torch.dtype], Keys]  # keys [B, N, D], and in which dtype to score them
 
 

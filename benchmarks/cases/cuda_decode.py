@@ -219,7 +219,7 @@ def run(bench: Bench) -> None:
         for peer, most in goals.items():
             alone, together = (found[shape][name].median * 1e6 for name in (peer, peer + TOGETHER))
             bench.goal(f"us of {peer}, {shape}", alone, at_most=most)
-            name = f"us of {peer}, one of{TOGETHER.removeprefix(',')}, {shape}"
+            name = f"us of {peer}, one of {CALLS} in a graph, {shape}"
             bench.goal(name, together / CALLS, at_most=most)
 
 

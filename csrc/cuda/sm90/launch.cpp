@@ -34,12 +34,12 @@ Plan make_plan(const Shape& shape, const DeviceLimits& limits, Work work, int64_
   const int64_t row_bytes = shape.dim * element_size(shape.type);
   const Needs needs = find_needs(shape, work);
 
-  const int tile =
-      tile_size(plan.group * heads, heads, row_bytes, shape.type, work == Work::kRefinePairs);
+  const bool pairs = work == Work::kRefinePairs;
+  const int tile = tile_size(plan.group * heads, heads, row_bytes, shape.type, pairs);
   plan.boxes = make_boxes(is_refine(work) ? shape.block_size : 0, tile);
   const int most_groups = work == Work::kCoarse ? kMaxGroups : work == Work::kRefine ? 3 : 2;
 
-  const bool tight = is_tight(work, row_bytes);
+  const bool tight = is_tight(pairs, row_bytes);
   const auto bytes = [&](int groups, int stages, int64_t chunk, bool marked, int64_t capacity) {
     return make_layout(needs.fixed, plan.group, heads, row_bytes,
                        at_hand(tight, plan.group, groups, plan.chunks, shape.topk), stages,

@@ -35,9 +35,7 @@ inline constexpr Variant kVariants[] = {
 constexpr bool has_pairs(int heads) { return heads <= 64; }
 // Whether keys of a pair are so long that there is no room beside them for the queries of two pairs
 // and the scores of four rows: then of one, and of three. Rows of scores are used in turns.
-constexpr bool is_tight(Work work, int64_t row_bytes) {
-  return work == Work::kRefinePairs && row_bytes > 128;
-}
+constexpr bool is_tight(bool pairs, int64_t row_bytes) { return pairs && row_bytes > 128; }
 inline constexpr int kTightRows = 3;
 static_assert(kTightRows >= 2 && kTightRows <= kMaxChunks, "a pair waits for two at once");
 // Rows of a group: one where each has blocks of its own, else as many as there are registers for.

@@ -31,7 +31,7 @@ struct Config {
   static constexpr bool kWide = has_wide_products(kColumns, kHeads, kType);
   static constexpr int kElement = static_cast<int>(element_size(kType));
   static constexpr int kRowBytes = kDim * kElement;  // of a key
-  static constexpr bool kTight = kPairs && is_tight(Work::kRefinePairs, kRowBytes);
+  static constexpr bool kTight = is_tight(kPairs, kRowBytes);
   static constexpr int kTile = tile_size(kColumns, kHeads, kRowBytes, kType, kPairs);
   static constexpr int kPitch = kRowBytes < 128 ? kRowBytes : 128;  // of a panel
   static constexpr int kPanels = kRowBytes / kPitch;  // channels of a key, one after the other
