@@ -11,10 +11,12 @@
 // Sequences that share a page write its slot at the same time, and the same bytes.
 #include <algorithm>
 
+#include "launch.cuh"
 #include "launch.h"
 #include "pages.cuh"
 #include "pool.cuh"
 #include "ptx/copy.cuh"
+#include "ptx/overlap.cuh"
 #include "ptx/shared.cuh"
 
 namespace hisa::cuda {
@@ -116,6 +118,8 @@ template <class T, bool kMean>
 __global__ __launch_bounds__(kPoolThreads) void paged_pool_kernel(
     const __grid_constant__ PagedPoolParams params, const Chunk chunk) {
   extern __shared__ __align__(16) char memory[];
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   const PagedKeys& keys = params.keys;
   const int64_t sequence = blockIdx.x;
   const auto size = static_cast<int>(params.block_size);
@@ -168,9 +172,11 @@ void launch(const PagedPoolParams& params, cudaStream_t stream) {
                   static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, most)));
   const Chunk chunk = make_chunk(params);
   if (params.pooling == Pooling::kMean)
-    paged_pool_kernel<T, true><<<grid, kPoolThreads, chunk.bytes(), stream>>>(params, chunk);
+    launch_overlapping<paged_pool_kernel<T, true>>(grid, kPoolThreads, chunk.bytes(), stream,
+                                                   params, chunk);
   else
-    paged_pool_kernel<T, false><<<grid, kPoolThreads, chunk.bytes(), stream>>>(params, chunk);
+    launch_overlapping<paged_pool_kernel<T, false>>(grid, kPoolThreads, chunk.bytes(), stream,
+                                                    params, chunk);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What four consecutive warps do together, and how kernels follow one another. PTX ISA,
-// "Miscellaneous Instructions: setmaxnreg" and "Parallel Synchronization: griddepcontrol". sm_90a.
+// What four consecutive warps do together. PTX ISA, "Miscellaneous Instructions: setmaxnreg".
+// sm_90a.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +19,6 @@ __device__ __forceinline__ void set_registers() {
 // A barrier of the threads of one of a block's warpgroups, 0 to 7.
 __device__ __forceinline__ void sync_warpgroup(uint32_t number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
-}
-
-// Wait until the kernel before this one has written all it writes.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-// The kernel behind this one may start, as far as there is room.
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace hisa::cuda::ptx

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <utility>
 
+#include "../ptx/overlap.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "choose.cuh"
 #include "launch.h"

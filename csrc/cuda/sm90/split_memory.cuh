@@ -4,6 +4,7 @@
 #include "../ptx/address.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/copy.cuh"
+#include "../ptx/overlap.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "params.h"
 #include "products.cuh"
