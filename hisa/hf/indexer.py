@@ -68,7 +68,8 @@ class Projections:
     def begin(self) -> None:
         """Project the keys and the first rows now."""
         rows = None if self.step >= self.length else slice(0, self.step)
-        self._keys, self._begun = self._project_keys(), (rows, self._project(rows))
+        self._begun = rows, self._project(rows)  # what takes longest comes first
+        self._keys = self._project_keys()
 
     def keys(self) -> Tensor:
         """Return the keys of all rows, [B, S, D]."""
