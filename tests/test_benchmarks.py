@@ -294,10 +294,9 @@ def test_decode_steps_of_the_module(cache: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda_decode_module, "DEVICE", "cpu")
     monkeypatch.setattr(cuda_decode_module, "ROOM", 64)
     monkeypatch.setattr(cuda_decode_module, "STEPS", 3)
-    monkeypatch.setattr(
-        cuda_decode_module, "COMPILING", {"fullgraph": True, "backend": "aot_eager"}
-    )
     compiled = [cuda_decode_module.COMPILED] if cache == "static" else []
+    compiling = {how: {"fullgraph": True, "backend": "aot_eager"} for how in compiled}
+    monkeypatch.setattr(cuda_decode_module, "COMPILING", compiling)
     results = {
         peer + how: cuda_decode_module.build(peer + how, keys=3000, cache=cache)()
         for peer in (decode_module.OWN, decode_module.HISA)

@@ -153,6 +153,9 @@ def captured(call: Callable[[], Tensor | None]) -> Callable[[], object]:
     with torch.cuda.stream(stream):
         call()
     stream.synchronize()
+    # NOTE: cuBLAS's workspace for the stream that captures may be another graph's memory by now, or
+    # be let go of by torch's compiler: the graph gets one of its own.
+    torch._C._cuda_clearCublasWorkspaces()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = call()

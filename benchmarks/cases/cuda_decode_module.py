@@ -2,11 +2,12 @@
 
 The model's own dimensions (hidden 7168, q_lora 1536, 64 heads, 2048 tokens selected), blocks of 128
 of which 64 are kept; bf16, one layer, batch 1. A call is 16 steps, one after the other, so that the
-host's time counts wherever the device waits for it. Compiled is as `generate` compiles a model with
-a static cache: one graph, mode "reduce-overhead", which replays CUDA graphs. Mask and angles are
-made in each step, by all peers alike, as in a model's first layer. Beside the time of a step stands
-what of it kernels take, by torch's profiler: the rest of an eager step, and of a short graph's, is
-the host's.
+host's time counts wherever the device waits for it. Masks and angles, which a model makes once for
+all layers, are made once for all steps; what hisa finds out from a mask, once for all layers too,
+counts in full. Compiled is as `generate` compiles a model with a static cache: one graph, mode
+"reduce-overhead", which replays a CUDA graph in each step. In one graph are all steps of a call,
+compiled, as a model's layers are: the host's time is spent once. Beside the time of a step stands
+what of it kernels take, by torch's profiler: the rest of the other steps is the host's.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from torch.profiler import ProfilerActivity, profile
 
 import hisa
 from benchmarks import report
+from benchmarks.cases.cuda_decode import captured
 from benchmarks.cases.cuda_module import HIDDEN, Q_LORA
 from benchmarks.cases.decode_module import HISA, HISA_FP8, OWN, REST, Decoder
 from benchmarks.harness import Bench
 from benchmarks.inputs import overlap
 
 DEVICE = "cuda"
-COMPILED = ", compiled"
-COMPILING: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
+COMPILED, CAPTURED = ", compiled", ", in one graph"
+COMPILING: dict[str, dict[str, Any]] = {
+    COMPILED: {"fullgraph": True, "mode": "reduce-overhead"},
+    CAPTURED: {"fullgraph": True},
+}
 HEADS, TOPK, BLOCK_TOPK = 64, 2048, 64
 STEPS, ROOM = 16, 2048  # of a call, and for all calls
 MOST_RUNS = 40
@@ -51,22 +56,30 @@ class CudaDecoder(Decoder):
         super().__init__(
             keys, HIDDEN, Q_LORA, torch.bfloat16, cache, heads=HEADS, topk=TOPK, steps=ROOM
         )
-        self.position = torch.full((1, 1), keys)
+        self.positions = keys + torch.arange(STEPS)[None]
         self.tokens = torch.arange(keys + ROOM)
-        self.select: Callable[[Tensor, Tensor], Tensor] = self.run
+        self.select: Callable[..., Tensor] = self.run
 
-    def run(self, position: Tensor, tokens: Tensor) -> Tensor:
-        """Append a token at `position` and select for it among `tokens`."""
-        mask = tokens[None, None] <= position
-        turn = self.rotary(self.states, position)
+    def run(self, mask: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        """Append a token and select for it."""
+        turn = cos, sin
         found: Tensor = self.indexer(self.states, self.resid, turn, mask, position, self.past)
         return found
 
-    def step(self) -> Tensor:
-        """Append a token and select for it."""
-        self.length += 1
-        found = self.select(self.position, self.tokens[: self.room or self.length])
-        self.position += 1
+    def steps(self) -> Tensor:
+        """Append STEPS tokens, one after the other, and select for each; return the last's."""
+        masks = self.tokens <= self.positions[..., None]
+        cos, sin = self.rotary(self.states, self.positions)
+        for step in range(STEPS):
+            self.length += 1
+            one = slice(step, step + 1)
+            found = self.select(
+                masks[:, one, : self.room or self.length],
+                cos[:, one],
+                sin[:, one],
+                self.positions[:, one],
+            )
+        self.positions += STEPS
         return found
 
 
@@ -77,21 +90,19 @@ def build(peer: str, *, keys: int, cache: str) -> Callable[[], object]:
     if not peer.startswith((OWN, REST)):
         precision = "fp8" if peer.startswith(HISA_FP8) else "model"
         hisa.patch(decoder.indexer, block_topk=BLOCK_TOPK, precision=precision)
-    step: Callable[[], object] = decoder.rest if peer == REST else decoder.step
-    if peer != REST:
-        step()  # in generation there is one before
-    if peer.endswith(COMPILED):
-        decoder.select = torch.compile(decoder.run, **COMPILING)
+    if peer == REST:
+        return lambda: [decoder.rest() for _ in range(STEPS)]
+    if not peer.endswith(CAPTURED):
+        decoder.steps()  # in generation there are some before
+    for how, options in COMPILING.items():
+        if peer.endswith(how):
+            decoder.select = torch.compile(decoder.run, **options)
 
-    def call() -> object:
-        with torch.no_grad():
-            for _ in range(STEPS - 1):
-                step()
-            found = step()
-        # What a replayed graph returns, its next replay overwrites.
-        return found.clone() if isinstance(found, Tensor) else found
+    @torch.no_grad()
+    def call() -> Tensor:
+        return decoder.steps().clone()  # what a replayed graph returns, its next replay overwrites
 
-    return call
+    return captured(call) if peer.endswith(CAPTURED) else call
 
 
 def build_and_keep(calls: Calls, peer: str, **shape: Any) -> Callable[[], object]:
@@ -124,7 +135,7 @@ def run(bench: Bench) -> None:
     """Measure both caches at 128K tokens, and the static one compiled."""
     bench.note_kernels((HEADS, torch.bfloat16), (HEADS, torch.float8_e4m3fn))
     keys, covered = 4096 if bench.quick else 131072, (BLOCK_TOPK - 1) * 128
-    for cache, hows in (("dynamic", ("",)), ("static", ("", COMPILED))):
+    for cache, hows in (("dynamic", ("",)), ("static", ("", *COMPILING))):
         same = [f"{peer}{how}" for how in hows for peer in (OWN, HISA)]
         bench.agree(build, same, {"keys": covered, "cache": cache}, check)
         torch._dynamo.reset()  # else every step looks through the graphs of these modules first
