@@ -37,15 +37,17 @@ def rotary(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return function
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, device: str, entries: int = 0) -> Any:
-    """Values over many magnitudes, and angles of `entries` batch entries."""
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, entries: int = 0, *, halves: int = 1
+) -> Any:
+    """Values over many magnitudes, and angles of `entries` batch entries and of 1 or 2 halves."""
     batch, rows, heads, channels, turned, _ = shape
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(batch, rows, heads, channels, generator=generator)
     x *= 2.0 ** torch.randint(-9, 9, x.shape, generator=generator)
     x[0, 0, 0] = 0  # the smallest scale
-    freqs = torch.rand(entries or batch, rows, turned // 2, generator=generator) * 6.3
-    angles = torch.cat([freqs, freqs], -1)
+    freqs = torch.rand(entries or batch, rows, halves * turned // 2, generator=generator) * 6.3
+    angles = freqs if halves == 2 else torch.cat([freqs, freqs], -1)
     return x.to(device, dtype), angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -59,7 +61,7 @@ def test_turns_as_the_models_do(
     function = rotary("apply_rotary_pos_emb" + "_interleave" * interleaved)
     turned, first = shape[-2:]
     for entries in (0, 1):
-        x, cos, sin = make(shape, dtype, device, entries)
+        x, cos, sin = make(shape, dtype, device, entries, halves=1 if interleaved else 2)
         wanted = x.clone()
         part = x[..., first : first + turned]
         wanted[..., first : first + turned] = function(part, part, cos, sin, unsqueeze_dim=2)[0]

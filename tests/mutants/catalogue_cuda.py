@@ -9,6 +9,7 @@ from tests.mutants.mutant import PAGED, Mutant
 
 PARTS = ("tests/test_split_portable.py", "tests/test_t03_window_edges.py", "--families",
          "cuda-portable")  # fmt: skip
+AROUND = ("tests/test_around.py", "--families", "cuda")
 PAGED_CUDA = (*PAGED, "tests/test_paged_cuda.py", "--families", "cuda")
 
 CUDA_MUTANTS = [
@@ -29,12 +30,25 @@ CUDA_MUTANTS = [
            "end != ahead || first > 0", "ahead == 0 || first > 0", tests=PAGED_CUDA),
     Mutant("pool: no barrier behind the last reader", "cuda/paged_pool.cu",
            "        __syncthreads();  // behind the last reader\n", "", tests=PAGED_CUDA),
+    Mutant("pool: before what reads slots has ended", "cuda/paged_pool.cu",
+           "  ptx::wait_for_previous_kernel();\n", "", tests=PAGED_CUDA),
     Mutant("pool: one page for all of a block", "cuda/paged_pool.cu",
            "__shfl_sync(~0U, id, run)", "__shfl_sync(~0U, id, 0)", tests=PAGED_CUDA),
     Mutant("pool: scales of the first page", "cuda/paged_pool.cu",
            "(token >> run_shift) % 32", "0", tests=PAGED_CUDA),
     Mutant("pool: one warp's magnitude", "cuda/paged_pool.cu",
            "return find_amax(all);", "return of_warp;", tests=PAGED_CUDA),
+    # around a selection
+    Mutant("rope: the lower half's angles for both", "cuda/rope.cu",
+           "(kInterleaved ? 0 : i * half)", "0", tests=AROUND),
+    Mutant("rope: half of a team's largest magnitude", "cuda/rope.cu",
+           "other = kLanes / 2;", "other = kLanes / 4;", tests=AROUND),
+    Mutant("rope: heads of a team that has fewer", "cuda/rope.cu",
+           "min(params.heads - skipped, int64_t{kHeads})", "kHeads", tests=AROUND),
+    Mutant("rope: angles of the first entry", "cuda/rope.cu",
+           "row / params.rows * params.angle_stride + ", "", tests=AROUND),
+    Mutant("rope: one correction of a quotient", "cuda/rope.cu", "i < 2; ++i)\n      quotient",
+           "i < 1; ++i)\n      quotient", tests=AROUND),
     # coarse
     Mutant("coarse: slot rounds down", "cuda/coarse.cuh",
            "(row.origin + size - 1) >>", "row.origin >>"),
