@@ -32,8 +32,9 @@ takes 1.86, projections 0.66, turning and quantising queries and keys 0.12, the 
 once, 0.07; of bf16's 3.0, 0.68, 0.15 and 0.07. Before the first projection the device waits 0.15
 for the host, Python that runs once a call. It waited twice more for what the host wanted to know of
 the mask, 0.5 and 0.15: now it projects meanwhile, the longest product first, and pruned rows are
-counted later. Tried for queries, fp8: torch's operators 3.5; one kernel, conversions one by one 0.7;
-its loads apart, two conversions at a time 0.25; four heads a warp, products of two at a time 0.12."""
+counted later. Tried for queries, fp8: torch's operators 3.5; one kernel, conversions one by one
+0.7; its loads apart, two conversions at a time 0.25; four heads a warp, two products at a time
+0.12."""
 
 
 def build(peer: str, *, keys: int) -> Callable[[], Tensor]:
