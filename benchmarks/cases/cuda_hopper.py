@@ -60,7 +60,8 @@ at a time, and relu() on two pipes, 9.2 to 9.3; products in turns, by a token fr
 9.6 to 9.9; sums stored during the next product, no gain; dot products rounded to bf16 and summed up
 by the tensor cores, to be made exact near the bar, 10.5 without that last step: the small products
 wait for the large ones. bf16, 64 heads, long runs: row by row 16.5, at 1.44 GHz; by pairs, with
-room for the queries of one and the scores of three rows, 15.4, at 1.55."""
+room for the queries of one and the scores of three rows, 15.4, at 1.55. fp8 by pairs, scores handed
+on row by row and let go of early, too: 6.32 for 6.35 with 32 heads, 9.23 for 9.25 with 64."""
 PORTABLE = """
 These are the portable kernels: this build, or this GPU, has not those for Hopper, which the goals
 and limits are made for."""

@@ -29,12 +29,12 @@ OWN_BYTES = 130 * 2**30  # what Hugging Face's module takes for 16384 tokens
 LIMIT = """
 What limits the patched module at 16K tokens, by torch's profiler, ms: of fp8's kernels hisa.index
 takes 1.86, projections 0.66, turning and quantising queries and keys 0.12, the mask [S, S], read
-once, 0.07; of bf16's 3.0, 0.68, 0.15 and 0.07. Before the first projection the device waits 0.15
-for the host, Python that runs once a call. It waited twice more for what the host wanted to know of
-the mask, 0.5 and 0.15: now it projects meanwhile, the longest product first, and pruned rows are
-counted later. Tried for queries, fp8: torch's operators 3.5; one kernel, conversions one by one
-0.7; its loads apart, two conversions at a time 0.25; four heads a warp, two products at a time
-0.12."""
+once, 0.07; of bf16's 3.0, 0.68, 0.15 and 0.07. Before the first projection the device waits for the
+host, Python that runs once a call: 0.15 to 0.4 on different machines, where fp8 took 3.03 and 3.26.
+It waited twice more for what the host wanted to know of the mask, 0.5 and 0.15: now it projects
+meanwhile, the longest product first, and pruned rows are counted later. Tried for queries, fp8:
+torch's operators 3.5; one kernel, conversions one by one 0.7; its loads apart, two conversions at a
+time 0.25; four heads a warp, two products at a time 0.12."""
 
 
 def build(peer: str, *, keys: int) -> Callable[[], Tensor]:
