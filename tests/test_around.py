@@ -40,7 +40,7 @@ def rotary(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, entries: int = 0, *, halves: int = 1
 ) -> Any:
-    """Values over many magnitudes, and angles of `entries` batch entries and of 1 or 2 halves."""
+    """Values over many magnitudes, and angles; with `halves=2` those of the halves differ."""
     batch, rows, heads, channels, turned, _ = shape
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(batch, rows, heads, channels, generator=generator)

@@ -1,6 +1,8 @@
 // A head at a time: widened to fp32, turned with the roundings of its type, quantised.
-#include "../rope.h"
-
+//
+//   y[c] = x[own] * cos[angle] + (other's sign) x[other] * sin[angle]
+//
+// Products and sum are rounded to the type of x one by one, as separate operators of a model would.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,6 +16,21 @@ namespace hisa::cpu {
 namespace {
 
 using Head = std::array<float, kMaxDim>;
+
+// Where RoPE finds the two values of a turned channel.
+struct Turn {
+  int64_t own, other, angle;
+  bool minus;  // the product with sin is subtracted
+
+  // For channel c of `turned`. Interleaved pairs come out de-interleaved: first the even ones.
+  static Turn of(int64_t c, int64_t turned, bool interleaved) {
+    const int64_t half = turned / 2;
+    const bool lower = c < half;
+    const int64_t pair = lower ? c : c - half;
+    if (interleaved) return {2 * pair + (lower ? 0 : 1), 2 * pair + (lower ? 1 : 0), pair, lower};
+    return {c, lower ? c + half : c - half, c, lower};
+  }
+};
 
 // x as an element of `type`, in fp32.
 template <class T>

@@ -11,8 +11,8 @@
 // Sequences that share a page write its slot at the same time, and the same bytes.
 #include <algorithm>
 
-#include "launch.cuh"
 #include "launch.h"
+#include "overlap.cuh"
 #include "pages.cuh"
 #include "pool.cuh"
 #include "ptx/copy.cuh"

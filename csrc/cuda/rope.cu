@@ -1,13 +1,14 @@
 // Queries or keys on their way from a projection to the indexer: turned, quantised, or both. A team
 // of lanes takes kHeads heads of a row, one after the other, so a warp has several at once.
 //
-// Channels that turn with each other are in the same lane, and no lane needs another's but for the
-// largest magnitude. Every product and sum is rounded to the type of x, as the separate operators
-// of a model would. Cost: x is read once, y written once.
-#include "../rope.h"
-
-#include <algorithm>
-
+//   y[i] = x[i] * cos[i] - x[i + half] * sin[i]                       of the turned channels,
+//   y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half]  i < half
+//
+// Interleaved, x[2i] and x[2i + 1] take the place of x[i] and x[i + half], and angle i that of
+// both. Every product and sum is rounded to the type of x, as the separate operators of a model
+// would. Channels that turn with each other are in the same lane, and no lane needs another's but
+// for the largest magnitude. Cost: x is read once, y written once.
+#include "../support.h"
 #include "lanes.cuh"
 #include "launch.h"
 
@@ -19,6 +20,8 @@ constexpr int kHeads = 8;  // of a team
 constexpr int kAtOnce = 2;  // heads whose loads are under way together
 constexpr int kPairs = 2;  // of a lane; a pair is twice four channels
 constexpr int kPairChannels = 2 * kLane;
+constexpr int kFewLanes = 8, kManyLanes = 16;  // of a team
+static_assert(kManyLanes * kPairs * kPairChannels >= support::kMaxDim, "no head is larger");
 
 struct Multiply {
   __device__ float operator()(float a, float b) const { return __fmul_rn(a, b); }
@@ -284,14 +287,14 @@ __global__ __launch_bounds__(kThreads) void rope_kernel(const __grid_constant__ 
 
 template <class T, bool kQuantize, bool kInterleaved>
 void launch(const RopeParams& params, cudaStream_t stream) {
-  const bool few = params.dim <= kPairs * kPairChannels * 8;  // channels
+  const bool few = params.dim <= kFewLanes * kPairs * kPairChannels;
   const int64_t teams = params.entries * params.rows * ((params.heads + kHeads - 1) / kHeads);
-  const int64_t threads = teams * (few ? 8 : 16);
+  const int64_t threads = teams * (few ? kFewLanes : kManyLanes);
   const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
   if (few)
-    rope_kernel<T, kQuantize, kInterleaved, 8><<<blocks, kThreads, 0, stream>>>(params);
+    rope_kernel<T, kQuantize, kInterleaved, kFewLanes><<<blocks, kThreads, 0, stream>>>(params);
   else
-    rope_kernel<T, kQuantize, kInterleaved, 16><<<blocks, kThreads, 0, stream>>>(params);
+    rope_kernel<T, kQuantize, kInterleaved, kManyLanes><<<blocks, kThreads, 0, stream>>>(params);
 }
 
 template <class T, bool kQuantize>

@@ -47,8 +47,8 @@ CUDA_MUTANTS = [
            "min(params.heads - skipped, int64_t{kHeads})", "kHeads", tests=AROUND),
     Mutant("rope: angles of the first entry", "cuda/rope.cu",
            "row / params.rows * params.angle_stride + ", "", tests=AROUND),
-    Mutant("rope: one correction of a quotient", "cuda/rope.cu", "i < 2; ++i)\n      quotient",
-           "i < 1; ++i)\n      quotient", tests=AROUND),
+    Mutant("rope: quotients are not corrected", "cuda/rope.cu",
+           "by.reciprocal, quotient);", "0.0F, quotient);", tests=AROUND),
     # coarse
     Mutant("coarse: slot rounds down", "cuda/coarse.cuh",
            "(row.origin + size - 1) >>", "row.origin >>"),

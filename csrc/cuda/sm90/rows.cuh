@@ -4,6 +4,7 @@
 #include <iterator>
 #include <utility>
 
+#include "../launch.cuh"
 #include "../ptx/overlap.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "choose.cuh"
@@ -69,9 +70,7 @@ template <class C>
 cudaError_t launch(const Params& params, const Plan& plan, cudaStream_t stream) {
   constexpr auto of = kernel<C>;
   if (const auto error = allow_shared<of>(plan.device, plan.shared_limit)) return error;
-  cudaLaunchAttribute overlap{};  // with the end of the kernel before
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = may_overlap();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.grid));
   config.blockDim = dim3(C::kThreads);

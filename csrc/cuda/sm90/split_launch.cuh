@@ -5,6 +5,7 @@
 #include <iterator>
 #include <utility>
 
+#include "../launch.cuh"
 #include "split.cuh"
 
 namespace hisa::cuda::sm90 {
@@ -14,8 +15,6 @@ template <class C>
 class SplitLaunch {
  public:
   SplitLaunch(const SplitPlan& plan, int64_t rows, uint32_t peers, cudaStream_t stream) {
-    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
     attributes_[1].id = cudaLaunchAttributeClusterDimension;
     attributes_[1].val.clusterDim = {peers, 1, 1};
     config_.gridDim = dim3(static_cast<unsigned>(rows * peers));
@@ -28,7 +27,7 @@ class SplitLaunch {
   const cudaLaunchConfig_t& config() const { return config_; }
 
  private:
-  cudaLaunchAttribute attributes_[2] = {};
+  cudaLaunchAttribute attributes_[2] = {may_overlap(), {}};
   cudaLaunchConfig_t config_{};
 };
 
