@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tests import oracle
 from tests.builders import exact_case, random_case
-from tests.families import REFERENCE
+from tests.families import FAMILIES, REFERENCE
 from tests.numeric import DTYPES, E4M3, FP8, decode, fma, round_to, short_name
 
 
@@ -110,3 +114,13 @@ def test_oracle_by_hand() -> None:
     assert pooled[:, 0].tolist() == [18 / 8, 0] and scale.tolist() == [1, 1]
     assert used.tolist() == [True, False]
     assert decode(k)[3, 0] == 5
+
+
+def test_what_needs_a_gpu_can_be_collected() -> None:
+    """On a machine without one too, else a mistake in a file keeps its tests from running there."""
+    names = ",".join(family.name for family in FAMILIES if family.device == "cuda")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu or long"]
+    command += ["-p", "no:cacheprovider", "--families", names, "tests"]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]

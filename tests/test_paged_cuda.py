@@ -102,9 +102,9 @@ def test_graph_replays(dtype: torch.dtype, heads: int, next_n: int) -> None:
             assert same_bytes(mine, eager), seed
 
 
-@pytest.mark.parametrize("family", [CUDA, CUDA_MANY], ids=lambda family: family.name)
+@pytest.mark.parametrize("kernels", [CUDA, CUDA_MANY], ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("next_n", [1, 8])
-def test_pooling_waits_for_what_reads_slots(family: Family, next_n: int) -> None:
+def test_pooling_waits_for_what_reads_slots(kernels: Family, next_n: int) -> None:
     """Slots that are written right behind a call that reads them do not change what it selects.
 
     `paged_pool` starts while the kernel before it ends.
@@ -120,7 +120,7 @@ def test_pooling_waits_for_what_reads_slots(family: Family, next_n: int) -> None
         for slots, kept in zip(pooled, before, strict=True):
             slots.copy_(kept)
         options = {"pooled": pooled, "next_n": next_n, **cache.where, **OPTIONS}
-        with family.active():
+        with kernels.active():
             return list(hisa.paged_index(cache.q, cache.pages, cache.weights, **options))
 
     wanted = select()
