@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 #include "interrupt.h"
 #include "plan.h"
 #include "support.h"
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   hisa::interrupt_hooks() = {&hisa::signal_pending, &hisa::raise_signal};
   m.def("build_info", &hisa::build_info);
   m.def("set_cpu_isa", &hisa::set_cpu_isa);
+  m.def("set_cpu_parts", &hisa::cpu::set_parts);
   m.def("use_kernels", &hisa::use_kernels, py::arg("hopper") = true, py::arg("split") = true);
   m.def("plan", &hisa::plan);
   m.def("check_index", &hisa::check_index);

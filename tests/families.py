@@ -30,6 +30,7 @@ class Family:
     name: str
     device: str = "cpu"
     isa: str | None = None  # what hisa._C.set_cpu_isa takes
+    parts: int = 0  # what hisa._C.set_cpu_parts takes
     hopper: bool = True  # what hisa._C.use_kernels takes
     split: bool = True  # likewise
     module: str = "hisa"  # the module that has index, flat_index and pool_keys
@@ -51,6 +52,7 @@ class Family:
     def _choose(self) -> None:
         extension = importlib.import_module("hisa._C")
         extension.set_cpu_isa(self.isa or "auto")
+        extension.set_cpu_parts(self.parts)
         extension.use_kernels(hopper=self.hopper, split=self.split)
 
     @property
@@ -115,6 +117,8 @@ class Family:
 FP8_ROUNDOFF = 2.0**-18
 
 CPU = Family("cpu-baseline", isa="baseline")
+# Rows are cut into parts, as where they are fewer than threads and long: tests have others.
+CPU_PARTS = Family("cpu-parts", isa="auto", parts=3)
 CUDA = Family("cuda", device="cuda", cpu_order=False, dot_roundoff=DOT_ROUNDOFF["cuda"])
 # The kernels for many rows, whatever the number of rows: tests have few.
 CUDA_MANY = replace(CUDA, name="cuda-many", split=False)
@@ -127,6 +131,7 @@ FAMILIES = (
     CPU,
     Family("cpu-avx2", isa="avx2"),
     Family("cpu-avx512", isa="avx512"),
+    CPU_PARTS,
     CUDA,
     CUDA_MANY,
     CUDA_PORTABLE,
@@ -148,14 +153,16 @@ def usable_isas() -> list[str]:
 
 def available() -> list[Family]:
     """Return the kernel families of this build that this machine can run."""
-    return distinct(f for f in FAMILIES if (f.isa in usable_isas() if f.isa else usable_cuda()))
+    isas = ["auto", *usable_isas()]
+    return distinct(f for f in FAMILIES if (f.isa in isas if f.isa else usable_cuda()))
 
 
 def distinct(families: Iterable[Family]) -> list[Family]:
     """Leave out what runs here as one before it does: the portable ones, without Hopper."""
     found: dict[Any, Family] = {}
     for f in families:
-        found.setdefault((f.module, f.device, f.isa, f.hopper and hopper(), f.split), f)
+        kind = (f.module, f.device, f.isa, f.parts, f.hopper and hopper(), f.split)
+        found.setdefault(kind, f)
     return list(found.values())
 
 

@@ -8,7 +8,6 @@
 #include "float_environment.h"
 #include "mask.h"
 #include "run.h"
-#include "stages.h"
 
 namespace hisa::cpu {
 namespace {
@@ -33,15 +32,11 @@ struct Cpu {
   }
 
   void index(const IndexParams& params, const Shape& shape) {
-    run_groups(make_plan(shape, at::get_num_threads()), params, [&](Group& group) {
-      coarse(params, group);
-      refine(params, group);
-    });
+    run_index(make_plan(shape, at::get_num_threads()), params);
   }
 
   void flat(const FlatParams& params, const Shape& shape) {
-    run_groups(make_plan(shape, at::get_num_threads()), params,
-               [&](Group& group) { cpu::flat(params, group); });
+    run_flat(make_plan(shape, at::get_num_threads()), params);
   }
 
   void paged_pool(const PagedPoolParams& params) {
@@ -53,10 +48,7 @@ struct Cpu {
   }
 
   void paged_index(const PagedIndexParams& params, const Shape& shape) {
-    run_groups(make_plan(shape, at::get_num_threads()), params, [&](Group& group) {
-      coarse(params, group);
-      refine(params, group);
-    });
+    run_index(make_plan(shape, at::get_num_threads()), params);
     if (!params.physical) return;
     at::parallel_for(0, shape.rows, kPlaceGrain,
                      [&](int64_t begin, int64_t end) { place(params, begin, end); });

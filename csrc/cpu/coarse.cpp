@@ -19,12 +19,17 @@ void coarse(const Params& params, Group& group) {
     const int64_t last = row.block(row.end - 1, size);
     if (last - first < params.block_topk) continue;
     const int64_t shift = (row.origin + size - 1) / size;  // slot of the segment's block 0
+    const Segment share = group.part().share(shift + first + 1, shift + last);
     if (params.block_topk > 2)
-      spans[static_cast<size_t>(i)] = {shift + first + 1, shift + last, shift + first + 1};
+      spans[static_cast<size_t>(i)] = {share.begin, share.end, shift + first + 1};
     group.select(i, params.block_topk - 2);
   }
   group.scan(params.pooled, spans);
+}
 
+template <class Params>
+void list_blocks(const Params& params, Group& group) {
+  const int64_t size = params.block_size;
   for (int64_t i = 0; i < group.count(); ++i) {
     const Row& row = group.row(i);
     if (row.empty()) continue;
@@ -45,5 +50,7 @@ void coarse(const Params& params, Group& group) {
 
 template void coarse(const IndexParams&, Group&);
 template void coarse(const PagedIndexParams&, Group&);
+template void list_blocks(const IndexParams&, Group&);
+template void list_blocks(const PagedIndexParams&, Group&);
 
 }  // namespace hisa::cpu

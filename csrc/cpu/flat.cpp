@@ -12,10 +12,11 @@ void flat(const FlatParams& params, Group& group) {
     const Row& row = group.row(i);
     group.select(i, params.output.topk);
     if (row.empty()) continue;
+    const Segment share = group.part().share(row.start, row.end);
     if (params.output.scores == nullptr && row.end - row.start <= params.output.topk)
-      group.selector(i).take(row.end - row.start, 0);  // all fit: nothing has to be scored
+      group.selector(i).take(share.end - share.begin, share.begin - row.start);  // unseen: all fit
     else
-      spans[static_cast<size_t>(i)] = {row.start, row.end, row.start};
+      spans[static_cast<size_t>(i)] = {share.begin, share.end, row.start};
   }
   group.scan(params.keys, spans);
 }

@@ -70,6 +70,19 @@ void Group::select(int64_t i, int64_t count) {
                     count);
 }
 
+void Group::finish() {
+  for (int64_t i = 0; i < count_; ++i) selector(i).finish();
+}
+
+void Group::join(Group& later) {
+  for (int64_t i = 0; i < count_; ++i) selector(i).join(later.selector(i));
+}
+
+void Group::share_blocks(const Group& first) {
+  blocks_ = first.blocks_;
+  block_counts_ = first.block_counts_;
+}
+
 void Group::load_queries() {
   const int64_t width = element_size(type_);
   for (int64_t i = 0; i < count_; ++i) {

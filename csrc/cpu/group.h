@@ -1,4 +1,5 @@
-// A few consecutive query rows that one thread carries through coarse, refine and flat.
+// A few consecutive query rows that one thread carries through coarse, refine and flat; or, where a
+// call has fewer of these than threads, its part of their keys.
 //
 // Neighbouring rows look at mostly the same keys, so a tile of keys is converted to fp32 and
 // transposed once per group, then scored for each row that wants it. No row's arithmetic depends on
@@ -35,6 +36,17 @@ struct Span {
 };
 using Spans = std::array<Span, kGroupRows>;
 
+// Which part of a group's keys, or blocks: the parts follow one another.
+struct Part {
+  int64_t number = 0;
+  int64_t of = 1;
+
+  Segment share(int64_t begin, int64_t end) const {
+    const int64_t count = end - begin;
+    return {begin + count * number / of, begin + count * (number + 1) / of};
+  }
+};
+
 class Group {
  public:
   // Once `poll` says stop, scans end early and what is selected has no meaning.
@@ -43,6 +55,14 @@ class Group {
   // Take up rows [first, first + count) of a call, whose keys may lie in pages.
   template <class Params>
   void begin(const Params& params, int64_t first, int64_t count);
+
+  // Look at a part of the keys only, in what is to come.
+  void take_part(Part part) { part_ = part; }
+  const Part& part() const { return part_; }
+  // Bring what later parts have selected together in this one.
+  void join(Group& later);
+  // Read the kept blocks of another part, which stays where it is.
+  void share_blocks(const Group& first);
 
   int64_t count() const { return count_; }
   const Row& row(int64_t i) const { return rows_[static_cast<size_t>(i)]; }
@@ -61,7 +81,9 @@ class Group {
   // Score every row's whole span.
   template <class AnyKeys>
   void scan(const AnyKeys& keys, const Spans& spans);
-  // Write what the selectors chose, and -1 and -inf behind it.
+  // Keep no more than what the selectors are to choose.
+  void finish();
+  // Write what they chose, and -1 and -inf behind it.
   void store(const Output& output);
 
  private:
@@ -71,6 +93,7 @@ class Group {
   Queries queries_{};
   int64_t first_ = 0;
   int64_t count_ = 0;
+  Part part_;
   bool loaded_ = false;  // query_ holds this group's queries
   std::array<Row, kGroupRows> rows_{};
   std::array<Selector, kGroupRows> selectors_{};

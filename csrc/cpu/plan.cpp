@@ -1,20 +1,35 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace hisa::cpu {
 namespace {
 
 constexpr int64_t kGroupsPerThread = 4;  // enough for the threads to finish together
+constexpr int64_t kPartWork = 1 << 20;  // multiply-adds that are worth a thread: 15 to 30 us
+std::atomic<int64_t> forced_parts{0};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks and tokens of a row that are kept or looked at, at most.
+int64_t kept_blocks(const Shape& shape) { return std::min(shape.block_topk, shape.slots()); }
+int64_t tokens(const Shape& shape) {
+  return shape.flat() ? shape.keys : std::min(kept_blocks(shape) * shape.block_size, shape.keys);
+}
+
 // Keys of buffer that one row's selector needs, for blocks and for tokens.
 int64_t selector_keys(const Shape& shape) {
-  if (shape.flat()) return Selector::capacity(shape.topk, shape.keys);
-  const int64_t kept = std::min(shape.block_topk, shape.slots());
-  const int64_t tokens = std::min(kept * shape.block_size, shape.keys);
-  return std::max(Selector::capacity(shape.topk, tokens), Selector::capacity(kept, shape.slots()));
+  const int64_t of_tokens = Selector::capacity(shape.topk, tokens(shape));
+  if (shape.flat()) return of_tokens;
+  return std::max(of_tokens, Selector::capacity(kept_blocks(shape), shape.slots()));
+}
+
+// Into how many parts to cut the scoring of so many keys for a row.
+int64_t count_parts(const Shape& shape, int64_t keys, int64_t most) {
+  if (forced_parts > 0) return forced_parts;
+  const int64_t worth = keys * shape.heads * shape.dim / kPartWork;
+  return std::clamp<int64_t>(worth, 1, std::max<int64_t>(most, 1));
 }
 
 }  // namespace
@@ -24,7 +39,9 @@ Plan make_plan(const Shape& shape, int64_t max_threads) {
   const int64_t rows = std::clamp<int64_t>(wanted, 1, kGroupRows);
   Plan plan{};
   plan.groups = ceil_div(shape.rows, rows);
-  plan.threads = std::min(max_threads, plan.groups);
+  plan.parts = count_parts(shape, tokens(shape), max_threads / std::max<int64_t>(plan.groups, 1));
+  plan.coarse_parts = shape.prunes() ? count_parts(shape, shape.slots(), plan.parts) : 1;
+  plan.threads = std::min(max_threads, plan.groups * plan.parts);
   plan.sizes = {.rows = rows,
                 .heads = shape.heads,
                 .dim = shape.dim,
@@ -34,6 +51,8 @@ Plan make_plan(const Shape& shape, int64_t max_threads) {
   plan.pooled_bytes = pooled_bytes(shape);
   return plan;
 }
+
+void set_parts(int64_t parts) { forced_parts = parts; }
 
 }  // namespace hisa::cpu
 

@@ -26,7 +26,8 @@ bool take_all(const Params& params, Group& group, int64_t i) {
     candidates += span.end - span.begin;
   }
   if (candidates > params.output.topk) return false;
-  for (int64_t j = 0; j < group.block_count(i); ++j) {
+  const Segment share = group.part().share(0, group.block_count(i));
+  for (int64_t j = share.begin; j < share.end; ++j) {
     const Span span = in_window(group.row(i), group.blocks(i)[j], params.block_size);
     group.selector(i).take(span.end - span.begin, span.begin - span.first);
   }
@@ -38,14 +39,15 @@ bool take_all(const Params& params, Group& group, int64_t i) {
 template <class Params>
 void refine(const Params& params, Group& group) {
   constexpr int64_t kDone = std::numeric_limits<int64_t>::max();
-  std::array<int64_t, kGroupRows> cursor{};  // next block of each row
+  std::array<Segment, kGroupRows> left{};  // of each row's blocks
   for (int64_t i = 0; i < group.count(); ++i) {
     group.select(i, params.output.topk);
-    if (take_all(params, group, i)) cursor[static_cast<size_t>(i)] = group.block_count(i);
+    if (!take_all(params, group, i))
+      left[static_cast<size_t>(i)] = group.part().share(0, group.block_count(i));
   }
   const auto next_block = [&](int64_t i) {
-    const int64_t j = cursor[static_cast<size_t>(i)];
-    return j < group.block_count(i) ? group.blocks(i)[j] : kDone;
+    const Segment& numbers = left[static_cast<size_t>(i)];
+    return numbers.begin < numbers.end ? group.blocks(i)[numbers.begin] : kDone;
   };
 
   const auto next_start = [&] {
@@ -62,7 +64,7 @@ void refine(const Params& params, Group& group) {
       const Span span = in_window(group.row(i), start, params.block_size);
       spans[static_cast<size_t>(i)] = span;
       end = std::max(end, span.end);
-      ++cursor[static_cast<size_t>(i)];
+      ++left[static_cast<size_t>(i)].begin;
     }
     next = next_start();
     const Segment ahead =

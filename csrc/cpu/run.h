@@ -1,4 +1,4 @@
-// Runs a call's groups of rows on torch's threads.
+// Runs a call's groups of rows, or parts of these, on torch's threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "float_environment.h"
 #include "plan.h"
+#include "stages.h"
 
 namespace hisa::cpu {
 
@@ -16,7 +18,7 @@ namespace hisa::cpu {
 // the next group when they are done with one, the last rows first: their windows are the longest.
 template <class Params, class Stages>
 void run_groups(const Plan& plan, const Params& params, const Stages& stages) {
-  const at::Tensor memory = at::empty({plan.threads * plan.thread_bytes}, at::kByte);
+  const at::Tensor memory = at::empty({plan.places() * plan.thread_bytes}, at::kByte);
   auto* const base = static_cast<std::byte*>(memory.mutable_data_ptr());
   std::atomic<int64_t> taken{0};
   InterruptPoll poll;
@@ -34,6 +36,80 @@ void run_groups(const Plan& plan, const Params& params, const Stages& stages) {
     }
   });
   poll.raise_if_stopped();
+}
+
+// A call with fewer groups of rows than threads: each group's keys are shared out among several,
+// and the best of them all are the best of what each part keeps.
+class Parts {
+ public:
+  template <class Params>
+  Parts(const Plan& plan, const Params& params)
+      : plan_(plan), memory_(at::empty({plan.places() * plan.thread_bytes}, at::kByte)) {
+    groups_.reserve(static_cast<size_t>(plan.places()));
+    auto* memory = static_cast<std::byte*>(memory_.mutable_data_ptr());
+    for (int64_t i = 0; i < plan.places(); ++i, memory += plan.thread_bytes) {
+      Group& group = groups_.emplace_back(plan.sizes, memory, poll_);
+      const int64_t first = i / plan.parts * plan.sizes.rows;
+      group.begin(params, first, std::min(plan.sizes.rows, params.queries.rows - first));
+    }
+  }
+
+  // Call `stage(group)` for so many parts of each group, then `joined(group)` for the first one,
+  // which has what all of them selected.
+  template <class Stage, class Joined>
+  void run(int64_t parts, const Stage& stage, const Joined& joined) {
+    at::parallel_for(0, plan_.groups * parts, 1, [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      for (int64_t i = begin; i < end && !poll_.stop(); ++i) {
+        Group& group = at(i / parts, i % parts);
+        group.take_part({i % parts, parts});
+        stage(group);
+        group.finish();
+      }
+    });
+    at::parallel_for(0, plan_.groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end && !poll_.stop(); ++g) {
+        for (int64_t part = 1; part < parts; ++part) at(g, 0).join(at(g, part));
+        joined(at(g, 0));
+        for (int64_t part = 1; part < plan_.parts; ++part) at(g, part).share_blocks(at(g, 0));
+      }
+    });
+    poll_.raise_if_stopped();
+  }
+
+ private:
+  Group& at(int64_t group, int64_t part) {
+    return groups_[static_cast<size_t>(group * plan_.parts + part)];
+  }
+
+  const Plan& plan_;
+  at::Tensor memory_;
+  InterruptPoll poll_;
+  std::vector<Group> groups_;  // all parts of each
+};
+
+// The stages of a call that keeps some blocks of each row.
+template <class Params>
+void run_index(const Plan& plan, const Params& params) {
+  const auto choose = [&](Group& group) { coarse(params, group); };
+  const auto list = [&](Group& group) { list_blocks(params, group); };
+  const auto select = [&](Group& group) { refine(params, group); };
+  if (plan.parts == 1)
+    return run_groups(plan, params, [&](Group& group) {
+      choose(group);
+      list(group);
+      select(group);
+    });
+  Parts parts(plan, params);
+  parts.run(plan.coarse_parts, choose, list);
+  parts.run(plan.parts, select, [&](Group& group) { group.store(params.output); });
+}
+
+inline void run_flat(const Plan& plan, const FlatParams& params) {
+  const auto select = [&](Group& group) { flat(params, group); };
+  if (plan.parts == 1) return run_groups(plan, params, select);
+  Parts parts(plan, params);
+  parts.run(plan.parts, select, [&](Group& group) { group.store(params.output); });
 }
 
 }  // namespace hisa::cpu

@@ -47,6 +47,14 @@ class Selector {
     for (int64_t i = 0; i < n; ++i) keys_[size_++] = make_key(0.0F, position + i);
   }
 
+  // Take over what another has kept, of candidates that all come later.
+  void join(const Selector& later) {
+    for (int64_t i = 0; i < later.size_; ++i) {
+      if (size_ == capacity_) compact();
+      keys_[size_++] = later.keys_[i];
+    }
+  }
+
   // Keep the best `count`, or all if there are fewer. Returns how many.
   int64_t finish() {
     if (size_ > count_) compact();

@@ -12,9 +12,12 @@ void pool(const PoolParams& params, int64_t begin, int64_t end);
 void pool(const PagedPoolParams& params, int64_t begin, int64_t end);
 // Blocks that one sequence's new tokens complete, at most.
 int64_t most_blocks(const PagedPoolParams& params);
-// Choose each row's blocks from the pooled keys.
+// Choose the best of each row's inner blocks by the pooled keys.
 template <class Params>
 void coarse(const Params& params, Group& group);
+// List each row's blocks: these and both ends, or all.
+template <class Params>
+void list_blocks(const Params& params, Group& group);
 // Choose each row's tokens from its kept blocks.
 template <class Params>
 void refine(const Params& params, Group& group);
