@@ -34,8 +34,9 @@ matter: 0.1 of selecting by two threads, by torch's profiler 0.3 to 0.4 by which
 take longer with other work between them, and some twenty small operations with the Python around
 them, 0.26 ms, in fp8 0.33. A copy of all keys in a dynamic cache takes 2 ms or 7, as the allocator
 has memory for it at hand or gets fresh pages. Tried: quantising all keys in a step, most of it in
-fp8; pooling them all; a row selected by one thread; fewer checks in Python, no gain. On other days
-the unpatched module took 8.5 ms where it took 6.7 in this run, and ratios were up to 4.3 and 5.9."""
+fp8; pooling them all; a row selected by one thread; fewer checks in Python, no gain. On another
+machine the unpatched module took 8.5 ms where it took 6.7 in this run, and ratios were up to 4.3
+and 5.9."""
 STEPS = 256  # for which a static cache has room
 
 
