@@ -46,7 +46,10 @@ the launch of the graph is paid once, and a call of `paged_index` gets ready whi
 ends.
 
 `append`: each sequence is at another place of its block, so that one of 128 completes it;
-`append, all complete`: all of them do, as in a batch that began together."""
+`append, all complete`: all of them do, as in a batch that began together. Tried, for these: a block
+of keys by one warp, each token's page looked up, 56 us; by 256 threads, keys copied while the table
+is looked at, 6.7, each of 16 4.8; launched while the kernel before it ends, 4.4. What is left are
+two dependent reads of memory, 128 sums in order and the launch."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ twenty small operators beyond the projections and the cache, with the Python aro
 from the mask, RoPE, what is kept, the call itself. Compiled, a step is one replayed graph, and
 dynamo's guards and the copies of its inputs take 0.15 to 0.35 ms, as fast as the host is: most of
 what the unpatched module's kernels take, or more. In a model the graph of a step has all layers,
-and that is spent once, as in the rows "in one graph": there a step is what its kernels take."""
+and that is spent once, as in the rows "in one graph": there a step is what its kernels take. Tried,
+eager: 36 small operators, 50 in fp8, before windows, weights and what is kept took fewer; RoPE and
+scales by torch's operators; the host waiting for the mask before it projects; fewer checks, which
+gained nothing."""
 
 Calls = dict[str, Callable[[], object]]
 
