@@ -2,11 +2,15 @@
 
 Catches a part that is left out or looked at twice, a result that depends on the number of threads,
 and a call that is not shared out, or is for too little work. `cpu-parts` of tests/families.py runs
-all other tests with every call in parts.
+all tests that take a family with every call in parts.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +47,44 @@ def test_how_many_parts(op: str) -> None:
         assert workspace(8, op=op, **pooled, **short) == workspace(1, op=op, **pooled, **short)
 
 
+THREADS = """
+import os, sys, torch, hisa
+torch.set_num_threads(1)
+op, longest = sys.argv[1], int(sys.argv[2])
+q, k, w = torch.randn(1, 64, 128), torch.randn(9000, 128), torch.randn(1, 64)
+pooled = {"pooled": hisa.pool_keys(k)} if op == "index" else {}
+ke = torch.tensor([longest], dtype=torch.int32)
+torch.set_num_threads(4)
+before = len(os.listdir("/proc/self/task"))
+getattr(hisa, op)(q, k, w, ke=ke, topk=100, **pooled)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+@pytest.mark.parametrize(("longest", "helpers"), [(9000, 3), (120, 0), (100, 0), (0, 0)])
+@pytest.mark.parametrize("op", ["index", "flat_index"])
+def test_how_many_threads_run(op: str, longest: int, helpers: int) -> None:
+    """All, where there is a part for another; none to help with a short window."""
+    command = [sys.executable, "-c", THREADS, op, str(longest)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "4"})  # fmt: skip
+    assert int(run.stdout) == helpers
+
+
 def everything(case: Case) -> list[torch.Tensor]:
     """Run both operators and return all outputs."""
     return [*BEST.index(case), *BEST.flat_index(case)]
+
+
+def test_parts_of_blocks() -> None:
+    """Two of the pooled keys, and more of the tokens."""
+    sizes: dict[str, Any] = {"M": 1, "N": 20000, "H": 128, "D": 64, "topk": 300}
+    case = random_case(0, torch.bfloat16, block_size=64, block_topk=40, **sizes)
+    want = everything(case)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert all(map(same_bytes, everything(case), want))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

@@ -137,11 +137,12 @@ def test_families_really_differ() -> None:
     """The forced families are different code: the portable one is slower than the best one."""
     import time
 
-    if len(CPU) < 2:
+    named = [family for family in CPU if family.isa in usable_isas()]
+    if len(named) < 2:
         pytest.skip("this machine has one CPU kernel family")
     case = random_case(0, torch.float32, M=16, N=4000, H=8, D=64, topk=8)
     seconds = []
-    for family in (CPU[0], CPU[-1]):
+    for family in (named[0], named[-1]):
         with family.active():
             family.flat_index(case)
             runs = []

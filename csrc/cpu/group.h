@@ -18,7 +18,7 @@ namespace hisa::cpu {
 
 inline constexpr int64_t kGroupRows = 16;  // at most
 
-// What a group's memory is made of, all of it per thread.
+// What a group's memory is made of, or that of a part of it.
 struct GroupSizes {
   int64_t rows;  // of a group
   int64_t heads, dim;

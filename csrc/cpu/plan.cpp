@@ -25,13 +25,6 @@ int64_t selector_keys(const Shape& shape) {
   return std::max(of_tokens, Selector::capacity(kept_blocks(shape), shape.slots()));
 }
 
-// Into how many parts to cut the scoring of so many keys for a row.
-int64_t count_parts(const Shape& shape, int64_t keys, int64_t most) {
-  if (forced_parts > 0) return forced_parts;
-  const int64_t worth = keys * shape.heads * shape.dim / kPartWork;
-  return std::clamp<int64_t>(worth, 1, std::max<int64_t>(most, 1));
-}
-
 }  // namespace
 
 Plan make_plan(const Shape& shape, int64_t max_threads) {
@@ -39,17 +32,23 @@ Plan make_plan(const Shape& shape, int64_t max_threads) {
   const int64_t rows = std::clamp<int64_t>(wanted, 1, kGroupRows);
   Plan plan{};
   plan.groups = ceil_div(shape.rows, rows);
-  plan.parts = count_parts(shape, tokens(shape), max_threads / std::max<int64_t>(plan.groups, 1));
-  plan.coarse_parts = shape.prunes() ? count_parts(shape, shape.slots(), plan.parts) : 1;
-  plan.threads = std::min(max_threads, plan.groups * plan.parts);
   plan.sizes = {.rows = rows,
                 .heads = shape.heads,
                 .dim = shape.dim,
                 .selector_keys = selector_keys(shape),
                 .blocks = std::min(shape.block_topk, shape.slots())};
-  plan.thread_bytes = plan.sizes.bytes();
+  plan.forced = forced_parts > 0;
+  plan.parts = plan.forced ? forced_parts.load() : max_threads / std::max<int64_t>(plan.groups, 1);
+  plan.parts = std::max<int64_t>(plan.parts_for(tokens(shape)), 1);
+  plan.threads = std::min(max_threads, plan.groups * plan.parts);
+  plan.place_bytes = plan.sizes.bytes();
   plan.pooled_bytes = pooled_bytes(shape);
   return plan;
+}
+
+int64_t Plan::parts_for(int64_t keys) const {
+  if (forced) return parts;
+  return std::min(parts, std::max<int64_t>(keys * sizes.heads * sizes.dim / kPartWork, 1));
 }
 
 void set_parts(int64_t parts) { forced_parts = parts; }

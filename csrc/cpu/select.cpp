@@ -77,6 +77,7 @@ void Selector::compact() {
   size_ = kept;
   full_ = true;
   const auto high = static_cast<uint32_t>(worst >> 32);
+  bar_rank_ = high;
   bar_ = std::bit_cast<float>((high & kSign) != 0 ? high ^ kSign : ~high);
 }
 

@@ -51,7 +51,8 @@ class Selector {
   void join(const Selector& later) {
     for (int64_t i = 0; i < later.size_; ++i) {
       if (size_ == capacity_) compact();
-      keys_[size_++] = later.keys_[i];
+      keys_[size_] = later.keys_[i];
+      size_ += static_cast<int64_t>(!full_ || later.keys_[i] >> 32 > bar_rank_);
     }
   }
 
@@ -95,6 +96,7 @@ class Selector {
   int64_t count_ = 0;
   int64_t size_ = 0;
   float bar_ = 0;      // with full_: a candidate must score more to be kept
+  uint32_t bar_rank_ = 0;  // likewise: the upper half of its key must be more
   bool full_ = false;  // count_ candidates have been kept
 };
 
