@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import report
 from .cases.cuda_decode import CALLS, TOGETHER
-from .cases.cuda_decode_module import STEPS
+from .cases.cuda_decode_module import CAPTURED, COMPILED, STEPS
 from .cases.cuda_hopper import Shape
 from .cases.indexer_module import bytes_needed
 
@@ -105,10 +105,10 @@ def step_rows(results: Path) -> list[tuple[str, ...]]:
         return []
     records = {(r["cache"], r["peer"]): r for r in read(results, "cuda_decode_module")}
     rows: list[tuple[str, ...]] = []
-    for cache, how in (("dynamic", ""), ("static", ", compiled"), ("static", ", in one graph")):
+    for cache, how in (("dynamic", ""), ("static", COMPILED), ("static", CAPTURED)):
         ours, own = (records[cache, f"{peer}{how}"] for peer in ("patched", "Hugging Face"))
         ours_s, own_s = (float(record["median_s"]) / STEPS for record in (ours, own))
-        told = how.replace("in one", f"compiled, {STEPS} in a")
+        told = f"{COMPILED}, {STEPS} in a graph" if how == CAPTURED else how
         what = f"a step of the module, {ours['keys']} tokens, {cache} cache{told}"
         compared = f"Hugging Face: {report.time_text(own_s)}"
         gain = f"{own_s / ours_s:.1f}x time"
